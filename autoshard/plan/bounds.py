@@ -1,0 +1,187 @@
+"""What no plan of a configuration can beat, from the whole program on one ideal device.
+
+Splitting a program into ``k`` parts makes none of its ops more than ``k`` times faster and none of
+its tensors more than ``k`` times smaller, once products are taken to fill the device whatever their
+shape. So of a micro-batch a rank of ``tp`` takes at least ``1 / tp`` of the seconds, and a pipeline
+of ``p`` stages at least
+
+    ``(m + p - 1) / p * (seconds + recompute seconds)``
+
+for ``m`` micro-batches: it takes ``(m - 1) max_s t_s + sum_s t_s``, which is least when its stages
+are equal (Narayanan et al. 2021, section 2.2). Memory enters through the recompute seconds: what
+is saved beyond the room that the least parameter state leaves on all stages together has to be
+made again, the cheapest bytes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from autoshard.cost_models.costs import AnalyticCosts, CostModel
+from autoshard.cost_models.memory import saved_values
+from autoshard.cost_models.state import state_bytes
+from autoshard.ir import Graph, Program, TensorType
+from autoshard.plan.class_costs import shared_inputs
+from autoshard.plan.recompute import LayerCosts, MenuEntry, recompute_menu
+from autoshard.plan.request import Request
+from autoshard.plan.space import Configuration
+
+NUM_POINTS = 9
+"""Entries of the recompute menus that the bound on recompute seconds is made of."""
+
+Point = tuple[float, float]
+"""Bytes and seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeModel:
+    """A program on one device at the global batch size, as if splitting it lost nothing.
+
+    Attributes:
+        seconds: forward and backward.
+        parameters: types of its trainable parameters, each once.
+        frozen_bytes: of frozen parameters.
+        saved_bytes: by its repeated layers, for backward, without recompute.
+        pieces: (bytes freed, seconds to make them again), cheapest bytes first.
+        states: bytes of state that were asked for, by data-parallel mode, ranks and whether there
+            are several micro-batches.
+    """
+
+    seconds: float
+    parameters: tuple[TensorType, ...]
+    frozen_bytes: int
+    saved_bytes: float
+    pieces: tuple[Point, ...]
+    states: dict[tuple[str, int, int], float] = field(default_factory=dict, compare=False)
+
+    @property
+    def memory_price(self) -> float:
+        """Seconds that full recompute takes per byte that it frees."""
+        freed = sum(b for b, _ in self.pieces)
+        return sum(s for _, s in self.pieces) / freed if freed else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Seconds, infinite if nothing fits, and the bytes that each stage then lacks."""
+
+    seconds: float
+    missing_bytes: float = 0.0
+
+
+def ideal(costs: CostModel) -> CostModel:
+    """The same costs on a device that products always fill.
+
+    A measured table has no ideal: then bounds are estimates, and pruning may lose what is within
+    their error.
+    """
+    if type(costs) is not AnalyticCosts:
+        return costs
+    return AnalyticCosts(replace(costs.cluster, device=replace(costs.device, num_units=0)))
+
+
+def seconds_of(graph: Graph, costs: CostModel) -> float:
+    """Forward and backward of a graph's ops, without collectives."""
+    return sum(costs.op(op).total_s for op in graph.ops)
+
+
+def whole_model(program: Program, costs: CostModel) -> WholeModel:
+    """The facts of a program that bounds need; ``costs`` should be ideal ones."""
+    counts: dict[str, int] = {}
+    for segment in program.segments:
+        counts[segment.layer.name] = counts.get(segment.layer.name, 0) + 1
+    shared = shared_inputs(program)
+    seconds = saved_bytes = 0.0
+    pieces: list[Point] = []
+    for layer in program.classes:
+        number = counts[layer.name]
+        seconds += number * seconds_of(layer.graph, costs)
+        if layer.kind != "layer":
+            continue
+        menu = _menu(layer.graph, costs, shared[layer.name])
+        saved_bytes += number * menu[0].saved_bytes
+        pieces += [(number * b, number * s) for b, s in _pieces(menu)]
+    used = {name for s in program.segments for name in s.parameters}
+    infos = [program.parameters[name] for name in sorted(used)]
+    return WholeModel(
+        seconds=seconds,
+        parameters=tuple(i.type for i in infos if i.trainable and not i.buffer),
+        frozen_bytes=sum(i.type.nbytes for i in infos if not i.trainable and not i.buffer),
+        saved_bytes=saved_bytes,
+        pieces=tuple(sorted(pieces, key=lambda piece: piece[1] / piece[0])),
+    )  # fmt: skip
+
+
+def _menu(graph: Graph, costs: CostModel, shared: frozenset[str]) -> tuple[MenuEntry, ...]:
+    layer = LayerCosts(
+        graph=graph,
+        forward_s={op.name: costs.op(op).forward_s for op in graph.ops},
+        saved=saved_values(graph, device_kind=costs.cluster.device.kind),
+        shared_inputs=shared,
+    )
+    return recompute_menu(layer, NUM_POINTS)
+
+
+def _pieces(menu: Sequence[MenuEntry]) -> list[Point]:
+    """The lower convex hull of what freeing bytes costs, as pieces of falling yield.
+
+    Between two entries nothing is known but that it takes no less than the larger one. So every
+    entry's bytes are taken at the price of the entry before it.
+    """
+    corners = [(0.0, 0.0)]
+    for before, entry in pairwise(menu):
+        freed = float(menu[0].saved_bytes - entry.saved_bytes)
+        if freed > corners[-1][0]:
+            corners.append((freed, before.extra_backward_s))
+    hull: list[Point] = []
+    for point in corners:
+        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(hull)]
+
+
+def _slope(a: Point, b: Point) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def recompute_bound(whole: WholeModel, configuration: Configuration, request: Request) -> Bound:
+    """Seconds of a micro-batch, over all stages, that no plan of the configuration can avoid.
+
+    Stages together have ``pp`` times the memory of one; what the least parameter state leaves of
+    it is room for what the layers save of at least one micro-batch (``gpipe``: of all).
+    """
+    mesh, m = configuration.mesh, configuration.num_micro_batches
+    parts = request.program.batch_size / configuration.micro_batch_size * mesh.cp * mesh.tp
+    held = m if configuration.schedule == "gpipe" else 1
+    state = min(_state(whole, configuration, request, mode) for mode in configuration.data_parallel)
+    # Of how much of the state are experts' is not known here: at most all of it is spread.
+    room = mesh.pp * request.memory_bytes - (state / mesh.ep + whole.frozen_bytes) / mesh.tp
+    lacking = held * whole.saved_bytes / parts - room
+    extra_s = 0.0
+    for freed, seconds in whole.pieces:
+        if lacking <= 0:
+            break
+        share = min(1.0, lacking / (held * freed / parts))
+        extra_s += share * seconds / parts
+        lacking -= share * held * freed / parts
+    if lacking > 1e-6 * request.memory_bytes:
+        return Bound(float("inf"), lacking / mesh.pp)
+    return Bound(extra_s)
+
+
+def _state(whole: WholeModel, configuration: Configuration, request: Request, mode: str) -> float:
+    """Parameters, gradients and optimizer state before ``tp``, nothing of it in transit."""
+    # Of the micro-batches it matters only whether there are several.
+    some = min(2, configuration.num_micro_batches)
+    key = (mode, configuration.mesh.replicas, some)
+    if key not in whole.states:
+        found = state_bytes(
+            whole.parameters, data_parallel=mode, dp=configuration.mesh.replicas,
+            optimizer=request.optimizer, unit_bytes=0, num_micro_batches=some,
+            software=request.software,
+        )  # fmt: skip
+        whole.states[key] = float(found.total)
+    return whole.states[key]

@@ -1,0 +1,244 @@
+"""Stages of a pipeline whose schedule is simulated: several chunks per rank, or a split backward.
+
+The stage program (:mod:`autoshard.plan.stages`) knows the closed form of one stage per rank and
+full backwards, and there each stage has a device's memory to itself. Here the chunks of a rank
+share it. So the cuts are those of the stage program for equal recomputation everywhere, under the
+least recomputation under which every rank's chunks fit together; then each rank takes the least
+that its own chunks need. The price is what the simulated schedule takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from autoshard.cost_models.pipeline import StageSeconds, held_at_peak, simulate
+from autoshard.plan.stage_problem import Slot, StageProblem
+from autoshard.plan.stages import StageChoice, evaluate_stages, split_stages
+from autoshard.plan.weight_split import WeightWork
+from autoshard.schedule import Schedule
+from autoshard.schedules import SCHEDULES, WeightSplit, by_name, homes
+
+Counts = tuple[int, ...]
+"""Segments of each run in one stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineSeconds:
+    """What a pipeline's step takes.
+
+    Attributes:
+        step_s: with the work after the last backward.
+        sends_s: the part that transfers make it longer by.
+        slowest: the rank that computes most.
+        busy_s: what that rank computes.
+    """
+
+    step_s: float
+    sends_s: float
+    slowest: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """A schedule by name, with what it is made for."""
+
+    schedule: str
+    num_ranks: int
+    num_micro_batches: int
+    virtual_stages: int = 1
+    split: WeightSplit | None = None
+
+    def made(self, num_micro_batches: int) -> Schedule:
+        """The schedule for so many micro-batches."""
+        return by_name(
+            self.schedule, self.num_ranks, num_micro_batches, self.virtual_stages, self.split
+        )
+
+
+def pipeline_seconds(
+    pipeline: Pipeline, stages: Sequence[StageSeconds], tail_s: Sequence[float]
+) -> PipelineSeconds:
+    """Simulate a step.
+
+    Of many micro-batches the first ones are simulated: what later ones add repeats itself.
+
+    Args:
+        tail_s: per stage what follows its rank's last backward: reduction, optimizer.
+    """
+    p, m = pipeline.num_ranks, pipeline.num_micro_batches
+    tails = [0.0] * p
+    busy_s = [0.0] * p
+    kind = SCHEDULES[pipeline.schedule]
+    for stage, home in enumerate(homes(pipeline.schedule, p, pipeline.virtual_stages)):
+        tails[home] += tail_s[stage]
+        busy_s[home] += m * (stages[stage].forward_s + stages[stage].backward_s)
+
+    def simulated_s(times: Sequence[StageSeconds], num_micro_batches: int) -> float:
+        run = simulate(pipeline.made(num_micro_batches), times)
+        ends = run.end_s if kind.flushes else run.span_s
+        return max(end + tail for end, tail in zip(ends, tails, strict=True))
+
+    def step_s(times: Sequence[StageSeconds]) -> float:
+        few, period = 4 * p + m % p, 2 * p
+        if not kind.flushes or m <= few + period:
+            return simulated_s(times, m)
+        begun, more = simulated_s(times, few), simulated_s(times, few + period)
+        return more + (m - few - period) / period * (more - begun)
+
+    whole_s = step_s(stages)
+    slowest = max(range(p), key=lambda r: busy_s[r] + tails[r])
+    return PipelineSeconds(
+        step_s=whole_s, slowest=slowest, busy_s=busy_s[slowest],
+        sends_s=max(0.0, whole_s - step_s([replace(s, send_s=0.0) for s in stages])),
+    )  # fmt: skip
+
+
+def stage_seconds(choices: Sequence[StageChoice], weight_s: Sequence[float]) -> list[StageSeconds]:
+    """What the simulation needs of each stage."""
+    return [
+        StageSeconds(
+            forward_s=c.forward_s, backward_s=c.backward_s, send_s=c.send_s, weight_s=own
+        )
+        for c, own in zip(choices, weight_s, strict=True)
+    ]  # fmt: skip
+
+
+@dataclass(slots=True, kw_only=True)
+class ScheduledProblem:
+    """A stage program whose stages lie on ranks as a schedule says.
+
+    Attributes:
+        stages: of all chunks; its own schedule says nothing.
+        name: of the schedule.
+        work: by run, what can be put off of one segment's backward.
+        split: how backward falls into two parts, on average.
+        schedule: fitted to that.
+    """
+
+    stages: StageProblem
+    name: str
+    num_ranks: int
+    virtual_stages: int
+    work: tuple[WeightWork, ...]
+    split: WeightSplit = field(init=False)
+    schedule: Schedule = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.split = self._split()
+        self.schedule = by_name(
+            self.name, self.num_ranks, self.stages.num_micro_batches, self.virtual_stages,
+            self.split,
+        )  # fmt: skip
+
+    def _split(self) -> WeightSplit:
+        runs = self.stages.runs
+        weight_s = sum(run.count * w.seconds for run, w in zip(runs, self.work, strict=True))
+        kept = sum(run.count * w.bytes_kept for run, w in zip(runs, self.work, strict=True))
+        whole_s = sum(run.count * run.menu[0].seconds for run in runs)
+        saved = sum(run.count * run.menu[0].saved_bytes for run in runs)
+        if not weight_s or not kept or not saved:
+            return WeightSplit()
+        return WeightSplit(patience=(whole_s - weight_s) / weight_s, kept=kept / saved)
+
+    def best(
+        self, pinned: Sequence[Counts] | None
+    ) -> tuple[tuple[StageChoice, ...], tuple[float, ...]]:
+        """The stages, and per rank the bytes that it lacks; nothing if there are too few runs.
+
+        Args:
+            pinned: per stage its segments of each run; ``None``: to be chosen.
+        """
+        choices: tuple[StageChoice, ...] = ()
+        lacking: tuple[float, ...] = ()
+        for entry in range(max(len(run.menu) for run in self.stages.runs)):
+            cuts = pinned or self._cuts(entry)
+            if cuts is None:
+                return (), ()
+            choices = self._placed(cuts, [entry] * self.num_ranks)
+            lacking = self._lacking(choices)
+            if max(lacking) <= 0:
+                choices = self._placed(cuts, self._least_entries(cuts, entry))
+                return choices, self._lacking(choices)
+        return choices, lacking
+
+    def weight_s(self, choice: StageChoice) -> float:
+        """The part of a stage's backward that makes gradients of weights."""
+        return sum(k * self.work[r].seconds for (r, _), k in choice.counts.items())
+
+    def _cuts(self, entry: int) -> list[Counts] | None:
+        """Stages of equal length, as near as may be, if all segments had this entry."""
+        runs = tuple(
+            replace(run, menu=(run.menu[min(entry, len(run.menu) - 1)],))
+            for run in self.stages.runs
+        )
+        split = split_stages(
+            replace(self.stages, runs=runs, memory_bytes=float("inf"), schedule="1f1b")
+        )
+        if not split.stages:
+            return None
+        return [tuple(s.counts.get((r, 0), 0) for r in range(len(runs))) for s in split.stages]
+
+    def _least_entries(self, cuts: Sequence[Counts], most: int) -> list[int]:
+        """Per rank the first entry under which its chunks fit."""
+        entries = [most] * self.num_ranks
+        for rank in range(self.num_ranks):
+            for entry in range(most):
+                trial = [*entries[:rank], entry, *entries[rank + 1 :]]
+                if self._lacking(self._placed(cuts, trial))[rank] <= 0:
+                    entries[rank] = entry
+                    break
+        return entries
+
+    def _placed(self, cuts: Sequence[Counts], entries: Sequence[int]) -> tuple[StageChoice, ...]:
+        """The stages under an entry per rank, each with its part of its rank's memory."""
+        homes = self.schedule.homes
+        counts: list[Mapping[Slot, int]] = [
+            {
+                (r, min(entries[homes[stage]], len(self.stages.runs[r].menu) - 1)): number
+                for r, number in enumerate(own)
+                if number
+            }
+            for stage, own in enumerate(cuts)
+        ]
+        _, choices = evaluate_stages(self.stages, counts)
+        memory = self._memory(choices)
+        return tuple(
+            replace(choice, memory_bytes=bytes_)
+            for choice, bytes_ in zip(choices, memory, strict=True)
+        )
+
+    def _lacking(self, choices: Sequence[StageChoice]) -> tuple[float, ...]:
+        used = [0.0] * self.num_ranks
+        for home, choice in zip(self.schedule.homes, choices, strict=True):
+            used[home] += choice.memory_bytes
+        return tuple(bytes_ - self.stages.memory_bytes for bytes_ in used)
+
+    def _memory(self, choices: Sequence[StageChoice]) -> list[float]:
+        """Each stage's part of its rank's peak; what a rank has once counts for its first stage."""
+        runs, homes = self.stages.runs, self.schedule.homes
+        saved = [
+            sum(k * runs[r].menu[e].saved_bytes for (r, e), k in c.counts.items()) for c in choices
+        ]
+        kept = [sum(k * self.work[r].bytes_kept for (r, _), k in c.counts.items()) for c in choices]
+        held = held_at_peak(self.schedule, saved, kept)
+        workspace = [
+            max((runs[r].menu[e].workspace_bytes for r, e in c.counts), default=0.0)
+            for c in choices
+        ]
+        memory = []
+        for stage, choice in enumerate(choices):
+            others = [s for s in range(len(choices)) if homes[s] == homes[stage]]
+            present = {r for r, _ in choice.counts}
+            before = {r for s in others if s < stage for r, _ in choices[s].counts}
+            own = sum(k * runs[r].parameter_bytes for (r, _), k in choice.counts.items())
+            own += sum(
+                tie.parameter_bytes
+                for tie in self.stages.ties
+                if present & set(tie.runs) and not before & set(tie.runs)
+            )
+            if stage == others[0]:
+                own += self.stages.stage_bytes + max(workspace[s] for s in others)
+            memory.append(own + held[stage])
+        return memory

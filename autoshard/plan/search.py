@@ -1,0 +1,507 @@
+"""The outer search: mesh shape, micro-batch size, schedule and ZeRO mode around the programs.
+
+For each configuration of :mod:`autoshard.plan.space` three programs are solved: tensor-split axes
+for all layer classes jointly (:mod:`autoshard.plan.tensor_axis`, for several prices of memory), a
+recompute menu per class (:mod:`autoshard.plan.recompute`), and the split into stages with a menu
+entry for every layer (:mod:`autoshard.plan.stages`). These together are the declared space, of
+which bound and gap of a plan speak.
+
+Configurations are taken in the order of a lower bound on their step time, which is tightened only
+for those that come to the front: from the whole program (:mod:`autoshard.plan.bounds`, with what
+lack of memory costs), from the program at their micro-batch size, and from their fastest sharding.
+The search ends when the next bound is no better than the best plan found: what was not solved
+cannot win.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from autoshard.cluster import Cluster
+from autoshard.cost_models.costs import AnalyticCosts, CostModel
+from autoshard.errors import InfeasibleError, OptionError
+from autoshard.ir import Program
+from autoshard.options import Constraints
+from autoshard.plan.bounds import (
+    Bound,
+    WholeModel,
+    ideal,
+    recompute_bound,
+    seconds_of,
+    whole_model,
+)
+from autoshard.plan.class_costs import ClassCosts, axis_links, cost_classes
+from autoshard.plan.context_axis import with_split_positions
+from autoshard.plan.expert_axis import spread_experts
+from autoshard.plan.infeasible import lacking_least, why_infeasible
+from autoshard.plan.local_program import LocalProgram, coupling, localise_batch
+from autoshard.plan.memo import Memo, RankClass, rank_classes
+from autoshard.plan.plan import Candidate, Plan
+from autoshard.plan.request import Request
+from autoshard.plan.sharding_front import PRICES, Sharding, Shardings
+from autoshard.plan.space import Configuration, configurations
+from autoshard.plan.stage_choice import Beaten, Infeasible, StagedPlan, choose_stages
+from autoshard.plan.tensor_axis import refuse_missing_rules, replicated, tensor_problem
+from autoshard.plan.write import write_plan
+from autoshard.report.units import nbytes
+from autoshard.software import OWN, Software
+
+T = TypeVar("T")
+Progress = Callable[[str], None]
+
+WORTH_KNOWING = 1.05
+"""Plans that are slower than the best so far by more than this factor are not worked out."""
+NUM_CANDIDATES = 20
+"""Configurations that did not win which a plan remembers."""
+
+
+def find_plan(
+    program: Program,
+    *,
+    cluster: Cluster,
+    world_size: int,
+    constraints: Constraints,
+    optimizer: str = "adamw",
+    precision: str | None = None,
+    strict: bool = False,
+    seed: int = 0,
+    time_limit_s: float | None = None,
+    costs: CostModel | str | None = None,
+    standalone: int = 1,
+    software: Software = OWN,
+    memo: Memo | None = None,
+    num_samples: int | None = None,
+    progress: Progress = lambda text: None,
+) -> Plan:
+    """The best plan of the declared space.
+
+    Args:
+        time_limit_s: end the search then, as soon as there is a plan; its bound and gap tell what
+            was left open.
+        costs: ``None``: analytic ones of the cluster; ``"measured"``: see
+            :mod:`autoshard.profile.planning`.
+        standalone: how many batches like the program's, each on its own, make up a step; see
+            :mod:`autoshard.plan.standalone`.
+        software: what will run the plan, where that is not this project's runtime.
+        memo: of this program and these pins, from an earlier search; it is added to.
+        num_samples: per step, where that is not the program's own batch. Then the plan is a
+            prediction: to run it, the model must be captured at that batch.
+
+    Raises:
+        OptionError: the pins leave nothing.
+        UnsupportedOpError: ``strict`` and an op has no rule.
+        InfeasibleError: nothing fits; says which stage lacks how many bytes in the configuration
+            that comes closest, and what would help.
+    """
+    request = Request(
+        program=program, cluster=cluster, world_size=world_size, constraints=constraints,
+        optimizer=optimizer, precision=precision, strict=strict, seed=seed,
+        time_limit_s=time_limit_s, standalone=standalone, software=software,
+        num_samples=num_samples or program.batch_size,
+    )  # fmt: skip
+    if strict:
+        refuse_missing_rules(program)
+    facts = memo or Memo()
+
+    def search(found: CostModel) -> Plan:
+        return Search(request, found, progress, facts).run()
+
+    if not isinstance(costs, str):
+        return search(costs or AnalyticCosts(cluster))
+    from autoshard.profile.planning import plan_measured
+
+    return plan_measured(search, program, cluster, world_size, progress=progress)
+
+
+@dataclass(slots=True)
+class Search:
+    """The search and what it has computed so far.
+
+    Attributes:
+        seconds: spent, by phase.
+        evaluated: how many configurations were solved in full.
+    """
+
+    request: Request
+    costs: CostModel
+    progress: Progress = lambda text: None
+    memo: Memo = field(default_factory=Memo)
+    seconds: dict[str, float] = field(default_factory=dict)
+    evaluated: int = 0
+    coupled: tuple[str, ...] = ()
+    _best: StagedPlan | None = None
+    _rejected: dict[Configuration, Infeasible] = field(default_factory=dict)
+    _least_s: float = float("inf")
+    _candidates: list[Candidate] = field(default_factory=list)
+    _refusals: list[OptionError] = field(default_factory=list)
+    _whole: WholeModel | None = None
+    _recompute: dict[Configuration, Bound] = field(default_factory=dict)
+    _local_s: dict[tuple[int, bool], float] = field(default_factory=dict)
+    _shardings: dict[tuple[int, int], Shardings | None] = field(default_factory=dict)
+    _classes: dict[tuple[int, int, str], dict[str, ClassCosts]] = field(default_factory=dict)
+    _class: dict[tuple[int, int], dict[tuple[str, str], ClassCosts]] = field(default_factory=dict)
+
+    def run(self) -> Plan:
+        """The best plan; errors as :func:`find_plan`."""
+        best = self.search()
+        if best is None:
+            if self._refusals and not self._rejected:
+                raise self._refusals[0]
+            nearest = lacking_least(self._rejected, self._lack_exactly)
+            raise why_infeasible(self.request, nearest, self.is_feasible)
+        local = self._exact(best.configuration)
+        shared = {c.name for c in self.request.program.classes if c.kind == "shared"}
+        # How shared ops lie on tp depends on how the batch is split, step by step.
+        exact = {name: replicated(local.graphs[name]) for name in shared}
+        best = replace(best, assignments={**best.assignments, **exact})
+        return write_plan(
+            self.request, best, local, self.costs, coupled=self.coupled, bound_s=self._least_s,
+            candidates=self._runners_up(best), seconds=self.seconds,
+        )  # fmt: skip
+
+    def search(self, *, first: bool = False) -> StagedPlan | None:
+        """The best plan of all configurations, or (``first``) any plan.
+
+        Raises:
+            OptionError: the pins leave no configuration.
+        """
+        request = self.request
+        start = time.perf_counter()
+        if self.memo.coupled is None:
+            self.memo.coupled = self._timed("batch", lambda: coupling(request.program))
+        self.coupled = self.memo.coupled
+        space = configurations(
+            request.program, request.world_size, request.constraints, request.cluster,
+            coupled=bool(self.coupled), standalone=request.standalone,
+            num_samples=request.num_samples,
+        )  # fmt: skip
+        queue: list[tuple[float, int, int]] = [(0.0, 0, i) for i in range(len(space))]
+        levels: tuple[Callable[[Configuration], float], ...] = ()
+        if len(space) > 1:  # else nothing to prune
+            levels = (
+                self._bound_from_whole, self._bound_from_ops,
+                self._bound_from_shardings, self._bound_from_sharding,
+            )  # fmt: skip
+        while queue:
+            bound_s, level, index = heapq.heappop(queue)
+            if self._best is not None:
+                late = request.time_limit_s is not None and (
+                    time.perf_counter() - start > request.time_limit_s
+                )
+                if first or late or bound_s >= self._best.step_s:
+                    self._least_s = min(self._least_s, bound_s, self._best.step_s)
+                    break
+            if level < len(levels):
+                tighter = levels[level](space[index])
+                if tighter < float("inf"):
+                    heapq.heappush(queue, (max(bound_s, tighter), level + 1, index))
+                continue
+            self._evaluate(space[index], bound_s, f"{len(queue)} of {len(space)} left")
+        return self._best
+
+    def is_feasible(self, request: Request) -> bool:
+        """Whether another request for the same program has any plan."""
+        other = Search(request, self.costs)
+        try:
+            return other.search(first=True) is not None
+        except (OptionError, InfeasibleError):
+            return False
+
+    def _timed(self, phase: str, function: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        try:
+            return function()
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    # -- bounds, each tighter and dearer than the one before --------------------------------------
+
+    def _bound_from_whole(self, configuration: Configuration) -> float:
+        mesh = configuration.mesh
+        program = self.request.program
+        parts = program.batch_size / configuration.micro_batch_size * mesh.cp * mesh.tp
+        bound = self._again(configuration)
+        if bound.missing_bytes:
+            self._reject(self._lacking(configuration, bound))
+        return _step_s(configuration, self.whole.seconds / parts + bound.seconds)
+
+    def _again(self, configuration: Configuration) -> Bound:
+        """The least seconds of recompute."""
+        if configuration not in self._recompute:
+            self._recompute[configuration] = recompute_bound(
+                self.whole, configuration, self.request
+            )
+        return self._recompute[configuration]
+
+    def _lacking(self, configuration: Configuration, bound: Bound) -> Infeasible:
+        return Infeasible(
+            configuration=configuration, missing_bytes=bound.missing_bytes, stage=0, exact=False,
+            reason=f"every stage lacks at least {nbytes(bound.missing_bytes)}",
+        )  # fmt: skip
+
+    @property
+    def whole(self) -> WholeModel:
+        """The facts that bounds are made of."""
+        if self._whole is None:
+            self._whole = self._timed(
+                "bounds", lambda: whole_model(self.request.program, ideal(self.costs))
+            )
+        return self._whole
+
+    def _bound_from_ops(self, configuration: Configuration) -> float:
+        seconds = self._op_seconds(configuration, ideal(self.costs)) / configuration.mesh.tp
+        return _step_s(configuration, seconds + self._again(configuration).seconds)
+
+    def _bound_from_shardings(self, configuration: Configuration) -> float:
+        """From the fastest sharding over however many micro-batches."""
+        if configuration.mesh.tp == 1:
+            return 0.0
+        shardings = self._shardings_of(configuration)
+        if shardings is None:
+            return float("inf")
+        seconds = self._timed("sharding", shardings.least_s)
+        return _step_s(configuration, seconds + self._again(configuration).seconds)
+
+    def _bound_from_sharding(self, configuration: Configuration) -> float:
+        if configuration.mesh.tp == 1:
+            seconds = self._op_seconds(configuration, self.costs)
+        else:
+            sharding = self._sharding(configuration, 0.0)
+            seconds = sharding.seconds if sharding else float("inf")
+        return _step_s(configuration, seconds + self._again(configuration).seconds)
+
+    def _op_seconds(self, configuration: Configuration, costs: CostModel) -> float:
+        """Of one micro-batch through the whole model, before the tensor axis splits it."""
+        local = self._localised(configuration)
+        key = (id(local), costs is self.costs)
+        if key not in self._local_s:
+            self._local_s[key] = sum(
+                local.counts[name] * seconds_of(graph, costs)
+                for name, graph in local.graphs.items()
+            )
+        return self._local_s[key]
+
+    # -- one configuration ------------------------------------------------------------------------
+
+    def _evaluate(self, configuration: Configuration, bound_s: float, left: str) -> None:
+        """Solve a configuration: leaner shardings, too, where the fastest lacks memory."""
+        best = self._best
+        so_far = f"best {best.step_s:.3g} s" if best else "nothing fits so far"
+        self.progress(f"{configuration} ({left}, {so_far})")
+        self.evaluated += 1
+        found: StagedPlan | None = None
+        nearest: Infeasible | None = None
+        beaten: Beaten | None = None
+        tried: set[str] = set()
+        pinned = self.request.constraints.recompute is not None
+        for price in PRICES:
+            if found is not None and (pinned or not found.recomputes):
+                break  # memory was no hindrance
+            if beaten is not None and beaten.unhindered:
+                break
+            if price:  # the highest price brackets the others: often nothing is left to solve
+                self._sharding(configuration, PRICES[-1])
+            sharding = self._sharding(configuration, price)
+            if sharding is None or sharding.key in tried:
+                continue
+            tried.add(sharding.key)
+            rivals = [p.step_s for p in (best, found) if p is not None]
+            if rivals and self._least_s_of(configuration, sharding) >= min(rivals):
+                continue
+            limit_s = WORTH_KNOWING * min(rivals, default=float("inf"))
+            outcome = self._staged(configuration, sharding, limit_s=limit_s)
+            if isinstance(outcome, Beaten):
+                beaten = outcome
+                continue
+            if isinstance(outcome, Infeasible):
+                nearest = min(nearest or outcome, outcome, key=lambda o: o.missing_bytes)
+                continue
+            self._least_s = min(self._least_s, max(bound_s, outcome.bound_s))
+            if found is None or outcome.step_s < found.step_s:
+                found = outcome
+        if found is not None:
+            self._accept(found)
+        elif beaten is not None:
+            self._record(configuration, None, f"takes more than {beaten.limit_s:.4g} s")
+        elif nearest is not None:
+            self._reject(nearest)
+
+    def _least_s_of(self, configuration: Configuration, sharding: Sharding) -> float:
+        return _step_s(configuration, sharding.seconds + self._again(configuration).seconds)
+
+    def _staged(
+        self,
+        configuration: Configuration,
+        sharding: Sharding,
+        *,
+        exactly: bool = False,
+        limit_s: float = float("inf"),
+    ) -> StagedPlan | Infeasible | Beaten:
+        classes = self._class_costs(configuration, sharding)
+        return self._timed(
+            "stages",
+            lambda: choose_stages(
+                self.request, configuration, sharding.assignments, classes, self.costs,
+                exactly=exactly, limit_s=limit_s,
+            ),
+        )  # fmt: skip
+
+    def _lack_exactly(self, configuration: Configuration) -> Infeasible | None:
+        """What a configuration that was rejected lacks under its leanest sharding."""
+        shardings = (self._sharding(configuration, price) for price in PRICES)
+        found = [
+            self._staged(configuration, sharding, exactly=True)
+            for sharding in {s.key: s for s in shardings if s is not None}.values()
+        ]
+        lacking = [o for o in found if isinstance(o, Infeasible)]
+        return min(lacking, key=lambda o: o.missing_bytes, default=None)
+
+    def _localised(self, configuration: Configuration) -> LocalProgram:
+        """The program of one rank and micro-batch, by what it depends on for costs.
+
+        Without coupling only the micro-batch size matters, so that is split off in one go.
+        """
+        mesh, program = configuration.mesh, self.request.program
+        exact = (mesh.dp, configuration.parts, mesh.cp, mesh.tp, mesh.ep)
+        if not self.coupled:
+            micro_batches = program.batch_size // configuration.micro_batch_size
+            exact = (1, micro_batches, mesh.cp, mesh.tp if mesh.cp > 1 else 1, mesh.ep)
+        if exact not in self.memo.locals:
+            self.memo.locals[exact] = self._split_batch(*exact)
+        return self.memo.locals[exact]
+
+    def _exact(self, configuration: Configuration) -> LocalProgram:
+        """The program of one rank and micro-batch with dp and micro-batches as two axes."""
+        mesh, request = configuration.mesh, self.request
+        if request.num_samples != request.program.batch_size:
+            return self._localised(configuration)
+        exact = (mesh.dp, configuration.parts, mesh.cp, mesh.tp, mesh.ep)
+        if exact not in self.memo.locals:
+            self.memo.locals[exact] = self._split_batch(*exact)
+        return self.memo.locals[exact]
+
+    def _split_batch(
+        self, dp: int, num_micro_batches: int, cp: int, tp: int, ep: int
+    ) -> LocalProgram:
+        program, cluster = self.request.program, self.request.cluster
+        local = self._timed(
+            "batch",
+            lambda: localise_batch(program, dp, num_micro_batches, self.costs, cluster, cp * tp),
+        )
+        if ep > 1:
+            local = spread_experts(local, ep)
+        if cp == 1:
+            return local
+        return self._timed("sharding", lambda: with_split_positions(local, cp, tp, self.costs))
+
+    def _sharding(self, configuration: Configuration, price: float) -> Sharding | None:
+        """The best sharding at a price of memory; ``None`` if pins leave none."""
+        local, tp = self._localised(configuration), configuration.mesh.tp
+        if tp == 1:
+            whole = {name: replicated(graph) for name, graph in local.graphs.items()}
+            return Sharding(assignments=whole, seconds=0.0, key="")
+        pace, mesh = configuration.paces, configuration.mesh
+        kept = (tp, mesh.cp, mesh.ep, price, self.request.constraints.sequence_parallel)
+        if self.memo.keeps_shardings and kept in self.memo.shardings:
+            return self.memo.shardings[kept]
+        shardings = self._shardings_of(configuration)
+        if shardings is None:
+            return None
+        per_byte = price * self.whole.memory_price if price else 0.0
+        found = self._timed("sharding", lambda: shardings.at(pace, per_byte))
+        if self.memo.keeps_shardings:
+            self.memo.shardings[kept] = found
+        return found
+
+    def _shardings_of(self, configuration: Configuration) -> Shardings | None:
+        """All shardings of a configuration's program; ``None`` if pins leave none."""
+        local, tp = self._localised(configuration), configuration.mesh.tp
+        key = (id(local), tp)
+        if key not in self._shardings:
+            try:
+                self._shardings[key] = self._timed(
+                    "sharding",
+                    lambda: Shardings(tensor_problem(self.request, local, tp, self.costs)),
+                )
+            except OptionError as refusal:
+                self._refusals.append(refusal)
+                self._shardings[key] = None
+        return self._shardings[key]
+
+    def _class_costs(
+        self, configuration: Configuration, sharding: Sharding
+    ) -> Mapping[str, ClassCosts]:
+        local, mesh, cluster = (
+            self._localised(configuration),
+            configuration.mesh,
+            self.request.cluster,
+        )
+        key = (id(local), mesh.tp, sharding.key)
+        if key not in self._classes:
+            links = axis_links(cluster, mesh)
+            self._classes[key] = self._timed(
+                "costs",
+                lambda: cost_classes(
+                    self.request.program, self._ranks(local, sharding, mesh.tp),
+                    sharding.assignments, links, self.costs, self.request.constraints,
+                    self.request.software, self._class.setdefault((id(local), mesh.tp), {}),
+                ),
+            )  # fmt: skip
+        return self._classes[key]
+
+    def _ranks(self, local: LocalProgram, sharding: Sharding, tp: int) -> dict[str, RankClass]:
+        kind = self.request.cluster.device.kind
+        known = self.memo.ranks.setdefault((id(local), tp, kind), {})
+        return rank_classes(
+            self.request.program, local.graphs, sharding.assignments, tp, kind, known
+        )
+
+    # -- the record -------------------------------------------------------------------------------
+
+    def _accept(self, found: StagedPlan) -> None:
+        self._record(found.configuration, found, "")
+        if self._best is None or found.step_s < self._best.step_s:
+            self._best = found
+
+    def _reject(self, found: Infeasible) -> None:
+        self._record(found.configuration, None, found.reason)
+        self._rejected[found.configuration] = found
+
+    def _record(self, configuration: Configuration, found: StagedPlan | None, reason: str) -> None:
+        self._candidates.append(
+            Candidate(
+                mesh=configuration.mesh, micro_batch_size=configuration.micro_batch_size,
+                schedule=configuration.schedule,
+                data_parallel=found.data_parallel
+                if found
+                else "/".join(configuration.data_parallel),
+                step_s=found.step_s if found else None,
+                peak_bytes=found.peak_bytes if found else None,
+                reason=reason,
+            )
+        )  # fmt: skip
+
+    def _runners_up(self, best: StagedPlan) -> tuple[Candidate, ...]:
+        others = []
+        for candidate in self._candidates:
+            if candidate.step_s is None:
+                others.append(candidate)
+            elif not _is(candidate, best.configuration):
+                slower = candidate.step_s / best.step_s - 1
+                others.append(replace(candidate, reason=f"{100 * slower:.1f} % slower"))
+        return tuple(sorted(others, key=lambda c: c.step_s or float("inf"))[:NUM_CANDIDATES])
+
+
+def _step_s(configuration: Configuration, seconds: float) -> float:
+    """The shortest step whose micro-batches take ``seconds`` each, over all stages."""
+    return seconds * configuration.paces / configuration.mesh.pp
+
+
+def _is(candidate: Candidate, configuration: Configuration) -> bool:
+    return (candidate.mesh, candidate.micro_batch_size, candidate.schedule) == (
+        configuration.mesh, configuration.micro_batch_size, configuration.schedule,
+    )  # fmt: skip

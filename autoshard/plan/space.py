@@ -1,0 +1,195 @@
+"""The configurations that are searched: mesh shapes, micro-batch sizes, schedules, ZeRO modes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autoshard.cluster import Cluster
+from autoshard.errors import OptionError
+from autoshard.ir import Program
+from autoshard.options import DATA_PARALLEL, Constraints
+from autoshard.plan.plan import Mesh
+from autoshard.schedules import SCHEDULES, homes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """One point of the outer search.
+
+    Attributes:
+        virtual_stages: chunks of the model on every pipeline rank.
+        standalone: how many batches like the program's make up a step (1, unless samples interact
+            and the user allows it); their micro-batches are counted together.
+    """
+
+    mesh: Mesh
+    micro_batch_size: int
+    num_micro_batches: int
+    schedule: str
+    data_parallel: tuple[str, ...]
+    virtual_stages: int = 1
+    standalone: int = 1
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline, over all ranks."""
+        return self.mesh.pp * self.virtual_stages
+
+    @property
+    def homes(self) -> tuple[int, ...]:
+        """The pipeline rank of every stage."""
+        return homes(self.schedule, self.mesh.pp, self.virtual_stages)
+
+    @property
+    def paces(self) -> int:
+        """What of the seconds of a micro-batch, over all ranks alike, a step takes at least.
+
+        ``m + p - 1`` under schedules that have that closed form; others may have no bubble.
+        """
+        bubble = self.mesh.pp - 1 if SCHEDULES[self.schedule].closed_form else 0
+        return self.num_micro_batches + bubble
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches that the program's own batch is cut into on a data-parallel rank."""
+        return self.num_micro_batches // self.standalone
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mesh} micro-batch {self.micro_batch_size} "
+            f"{self.schedule}{f' x{self.virtual_stages}' if self.virtual_stages > 1 else ''}"
+        )
+
+
+def divisors(n: int) -> list[int]:
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def meshes(
+    program: Program,
+    world_size: int,
+    constraints: Constraints,
+    cluster: Cluster,
+    num_samples: int,
+) -> Iterator[Mesh]:
+    """Every way to write the world size as pp x dp x cp x tp that the pins and the model allow.
+
+    Context parallelism is left to those who pin it: it pays for long sequences only. So is expert
+    parallelism, which the runtime cannot execute yet.
+
+    Tensor parallelism stays within the innermost tier (a node) unless it is pinned: its
+    collectives are on the critical path of every layer.
+    """
+    node, cp = cluster.tiers[0].size or world_size, constraints.cp or 1
+    if world_size % cp:
+        return
+    ranks = world_size // cp
+    stages = sum(bool(s.layer.graph.parameters) for s in program.segments)
+    for tp in divisors(ranks):
+        if tp != (constraints.tp or tp) or (constraints.tp is None and tp > node):
+            continue
+        for pp in divisors(ranks // tp):
+            dp = ranks // tp // pp
+            if pp != (constraints.pp or pp) or dp != (constraints.dp or dp):
+                continue
+            if pp * (constraints.virtual_stages or 1) > stages:
+                continue
+            ep = constraints.ep or 1
+            if num_samples % dp == 0 and dp % ep == 0:
+                yield Mesh(pp=pp, dp=dp, cp=cp, tp=tp, ep=ep)
+
+
+def configurations(
+    program: Program,
+    world_size: int,
+    constraints: Constraints,
+    cluster: Cluster,
+    *,
+    coupled: bool,
+    standalone: int = 1,
+    num_samples: int | None = None,
+) -> list[Configuration]:
+    """The declared space.
+
+    Args:
+        standalone: see :class:`Configuration`.
+        num_samples: per step, if not the program's batch.
+        coupled: samples interact, so there is one micro-batch.
+
+    Raises:
+        OptionError: nothing is left, with the pins or sizes that contradict each other.
+    """
+    found = []
+    num_samples = num_samples or program.batch_size
+    shapes = list(meshes(program, world_size, constraints, cluster, num_samples))
+    for mesh in shapes:
+        local = num_samples // mesh.dp
+        for size in divisors(local):
+            if size != (constraints.micro_batch_size or size):
+                continue
+            if (coupled and size != local) or program.batch_size % size:
+                continue
+            for schedule in _schedules(mesh, constraints):
+                found.append(
+                    Configuration(
+                        mesh=mesh, micro_batch_size=size,
+                        num_micro_batches=local // size * standalone, standalone=standalone,
+                        schedule=schedule, virtual_stages=constraints.virtual_stages or 1,
+                        data_parallel=_modes(mesh, constraints),
+                    )
+                )  # fmt: skip
+    if not found:
+        raise OptionError(
+            _why_empty(program, world_size, constraints, shapes, coupled, num_samples)
+        )
+    return found
+
+
+def _schedules(mesh: Mesh, constraints: Constraints) -> tuple[str, ...]:
+    if mesh.pp == 1:
+        allowed = constraints.schedule is None or SCHEDULES[constraints.schedule].closed_form
+        return ("none",) if allowed else ()
+    if constraints.schedule is not None:
+        return () if constraints.schedule == "none" else (constraints.schedule,)
+    # GPipe takes the same time and holds more: it is left to those who pin it. So are the schedules
+    # of several chunks or split backwards: what the search chooses must run.
+    return ("1f1b",)
+
+
+def _modes(mesh: Mesh, constraints: Constraints) -> tuple[str, ...]:
+    if constraints.data_parallel is not None:
+        return (constraints.data_parallel,)
+    return DATA_PARALLEL if mesh.replicas > 1 else ("ddp",)
+
+
+def _why_empty(
+    program: Program,
+    world_size: int,
+    constraints: Constraints,
+    shapes: list[Mesh],
+    coupled: bool,
+    num_samples: int,
+) -> str:
+    pins = ", ".join(f"{k}={v}" for k, v in constraints.pins.items()) or "none"
+    if not shapes:
+        stages = sum(bool(s.layer.graph.parameters) for s in program.segments)
+        experts = f" and be divided by ep={constraints.ep}" if constraints.ep else ""
+        most = "pp" if constraints.virtual_stages is None else "pp times virtual_stages"
+        return (
+            f"no mesh pp x dp x cp x tp of {world_size} ranks fits: dp must divide the global "
+            f"batch of {num_samples}{experts}, {most} may be at most {stages} (parts with "
+            f"parameters), and the pins are: {pins}. Change a pin, the global batch size or the "
+            "world size"
+        )
+    if coupled and constraints.micro_batch_size:
+        return (
+            f"micro_batch_size={constraints.micro_batch_size} would cut the batch although samples "
+            "interact in forward; remove the pin, or set allow_coupled_micro_batches=True"
+        )
+    return (
+        f"the pins ({pins}) leave nothing: micro_batch_size must divide the samples of a "
+        f"data-parallel rank (global batch {num_samples} over dp="
+        f"{sorted({m.dp for m in shapes})}), and schedule 'none' needs pp=1"
+    )

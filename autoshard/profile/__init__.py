@@ -1,0 +1,1 @@
+"""Measures what the present machine takes: ops, layers, links; see the modules for the parts."""

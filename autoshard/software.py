@@ -1,0 +1,47 @@
+"""What the training software does that a plan does not decide, so that costs can follow it.
+
+The default is this project's own runtime. Others stand for software whose published runs are held
+against the cost models: the same plan takes another time and other bytes where gradients are kept
+in float32, or where nothing is reduced before the last backward has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Software:
+    """Bytes are per element of a trainable parameter; ``None`` means: as the parameter has.
+
+    Attributes:
+        name: of the software, for people.
+        gradient_bytes: of a gradient as it is accumulated over micro-batches.
+        reduced_bytes: of a gradient on its way over data-parallel links.
+        gathered_bytes: of a parameter on its way over data-parallel links.
+        master_bytes: of a copy of the parameter in higher precision that the optimizer updates.
+        state_bytes: of each tensor that the optimizer keeps per parameter.
+        overlaps_reduction: gradients are reduced beside backward, rather than after it.
+        overlaps_gathering: sharded parameters are gathered ahead of their use.
+        gathers_each: every parameter is gathered and reduced by a collective of its own, rather
+            than all of a layer by one.
+        fuses_pointwise: neighbouring elementwise ops run as one kernel, as compilers and
+            hand-written kernels have it.
+        graphs: kernels are replayed, so the host's launches never hold the device up.
+    """
+
+    name: str = "autoshard"
+    gradient_bytes: int | None = None
+    reduced_bytes: int | None = None
+    gathered_bytes: int | None = None
+    master_bytes: int = 0
+    state_bytes: int | None = None
+    overlaps_reduction: bool = True
+    overlaps_gathering: bool = True
+    gathers_each: bool = False
+    fuses_pointwise: bool = False
+    graphs: bool = False
+
+
+OWN = Software()
+"""This project's runtime."""

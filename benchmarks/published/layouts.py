@@ -1,0 +1,165 @@
+"""A row's layout as pins, or the reason why the planner cannot express it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoshard.options import Constraints
+from benchmarks.published.models import Shape
+from benchmarks.published.rows import Row
+from benchmarks.published.stacks import Stack
+
+UNLIMITED_BYTES = 2**60
+"""Of memory: a layout that does not fit is priced all the same."""
+
+MEGATRON: dict[str, str] = {
+    "*.attention.[qkv].weight": "S(0)",
+    "*.attention.out.weight": "S(1)",
+    "*.feed_forward.gate.weight": "S(0)",
+    "*.feed_forward.up.weight": "S(0)",
+    "*.feed_forward.down.weight": "S(1)",
+    "embedding.weight": "S(0)",
+    "head.weight": "S(0)",
+}
+"""How Megatron (Shoeybi et al. 2019) and all that follow it split a layer's weights."""
+
+SCHEDULES: dict[str, str] = {
+    "none": "none", "1f1b": "1f1b", "gpipe": "gpipe", "interleaved-1f1b": "interleaved-1f1b",
+    "zb-1p": "zb-1p", "zb-2p": "zb-2p", "zb-h1": "zb-h1", "zb-v": "zb-v", "1f1b?": "1f1b",
+    "1f1b (interleave degree not printed)": "1f1b", "interleaved?": "interleaved-1f1b",
+}  # fmt: skip
+"""How a schedule is named in a file -> how the planner names it."""
+PRECISIONS = ("bf16", "fp16")
+
+
+class Unpredictable(Exception):
+    """A row that cannot be predicted; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a row's plan is asked for.
+
+    Attributes:
+        pins: of the row, memory unlimited.
+        open: what the row does not say and the planner chooses.
+    """
+
+    pins: Constraints
+    open: tuple[str, ...] = ()
+
+
+def shape_of(row: Row, stack: Stack) -> Shape:
+    """The model of a row.
+
+    Raises:
+        Unpredictable: its shape is not printed, or not that of a decoder.
+    """
+    if not (row.layers and row.hidden and row.heads and row.ffn and row.seq):
+        raise Unpredictable("the model's shape is not printed" + _only_relative(row))
+    gated = bool(row.ffn_gated)
+    llama = gated if stack.llama is None else stack.llama
+    if row.experts and not (row.topk and (row.ffn_moe or row.ffn)):
+        raise Unpredictable("how many experts a token visits is not printed")
+    return Shape(
+        layers=row.layers, hidden=row.hidden, heads=row.heads, kv_heads=row.kv_heads or row.heads,
+        ffn=row.ffn_moe if row.experts and row.ffn_moe else row.ffn, vocab=row.vocab or 0,
+        sequence=row.seq, gated=gated,
+        tied=(not llama) if stack.tied is None else stack.tied, rotary=llama, rms_norm=llama,
+        bias=stack.bias and not llama, dropout=stack.dropout,
+        fused_attention=stack.fused_attention, experts=row.experts or 0,
+        experts_per_token=row.topk or 0, shared_ffn=row.shared_expert_ffn or 0,
+    )  # fmt: skip
+
+
+def _only_relative(row: Row) -> str:
+    return "; only relative throughput is" if row.relative_throughput is not None else ""
+
+
+def layout_of(row: Row, shape: Shape, stack: Stack) -> Layout:
+    """The pins of a row.
+
+    Raises:
+        Unpredictable: it does something that the planner has no word for.
+    """
+    if row.global_batch is None:
+        raise Unpredictable("the global batch is not printed" + _only_relative(row))
+    if row.precision not in PRECISIONS:
+        raise Unpredictable(f"precision {row.precision or 'not printed'}")
+    pins: dict[str, object] = {"memory_bytes": UNLIMITED_BYTES}
+    for axis in ("pp", "dp", "cp", "tp"):
+        if getattr(row, axis) is not None:
+            pins[axis] = getattr(row, axis)
+    if (row.ep or 1) > 1:
+        pins["ep"] = row.ep
+    if row.microbatch is not None:
+        pins["micro_batch_size"] = row.microbatch
+    pins |= _pipeline_pins(row, shape, stack) if (row.pp or 1) > 1 else {}
+    pins |= _recompute_pins(row, stack)
+    if row.zero_stage is not None and (row.dp or 0) > 1:
+        pins["data_parallel"] = ("ddp", "zero1", "zero2", "zero3")[row.zero_stage]
+    elif row.dp == 1:
+        pins["data_parallel"] = "ddp"
+    if (row.tp or 1) > 1:
+        pins["sequence_parallel"] = bool(row.seq_parallel)
+        pins["sharding"] = _megatron(shape)
+    names = {"microbatch": "micro_batch_size", "recompute": "recompute", "zero_stage":
+        "data_parallel", "tp": "tp", "pp": "pp", "dp": "dp"}  # fmt: skip
+    left = [pin for column, pin in names.items() if getattr(row, column) in (None, "")]
+    if (row.pp or 1) > 1 and "schedule" not in pins:
+        left.append("schedule")
+    return Layout(Constraints.of(pins), tuple(left))
+
+
+def _pipeline_pins(row: Row, shape: Shape, stack: Stack) -> dict[str, object]:
+    if row.schedule not in SCHEDULES:
+        raise Unpredictable(f"schedule {row.schedule or 'not printed'}")
+    schedule = SCHEDULES[row.schedule]
+    chunks = 1
+    if schedule in ("interleaved-1f1b", "zb-v"):
+        if row.vpp is None:  # the planner's choice
+            return {}
+        chunks = row.vpp
+    pins: dict[str, object] = {"schedule": schedule, "virtual_stages": chunks}
+    if stack.equal_stages:
+        pins["stages"] = stages_of(shape.layers, (row.pp or 1) * chunks, embeds=shape.vocab > 0)
+    return pins
+
+
+def _recompute_pins(row: Row, stack: Stack) -> dict[str, object]:
+    if row.recompute == "selective":
+        return {"recompute_ops": stack.selective}
+    if row.recompute in ("none", "full"):
+        return {"recompute": row.recompute}
+    if row.recompute:
+        raise Unpredictable(f"recompute {row.recompute}")
+    return {}
+
+
+def _megatron(shape: Shape) -> dict[str, str]:
+    """The pins whose weights the model has."""
+    return {
+        name: state
+        for name, state in MEGATRON.items()
+        if (shape.gated or "gate" not in name)
+        and (not shape.experts or "feed_forward" not in name)
+        and (shape.vocab or name.startswith("*"))
+        and not (shape.tied and name == "head.weight")
+    }
+
+
+def stages_of(layers: int, pp: int, *, embeds: bool) -> tuple[int, ...]:
+    """Segments per stage as hand-tuned runs have them: equal numbers of layers.
+
+    Where they do not divide, the first and the last stage, which have the embedding and the head,
+    get fewer.
+    """
+    each, over = divmod(layers, pp)
+    counts = [each] * pp
+    inner = [*range(1, pp - 1), 0, pp - 1]
+    for stage in inner[:over]:
+        counts[stage] += 1
+    if embeds:
+        counts[0] += 1
+        counts[-1] += 1
+    return tuple(counts)

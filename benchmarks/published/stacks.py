@@ -1,0 +1,131 @@
+"""Which software a published run used, and what that means for its model and its costs.
+
+One table, read from the top: the first entry whose family, source and year fit a row is its stack.
+What a source does not say is taken from the software's defaults at the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from autoshard.software import Software
+from benchmarks.published.rows import Row
+
+GIB = 2.0**30
+MIXED = {"master_bytes": 4, "state_bytes": 4}
+"""Adam in float32 on a float32 copy of 16-bit parameters (Micikevicius et al. 2018)."""
+
+CORE_ATTENTION = ("*attention_core*",)
+"""From the scores to the weighted sum (Korthikanti et al. 2022, section 5)."""
+EVERY_SECOND_PRODUCT = (
+    "norm*", "*_k", "*_out", "*_up", "*neg*", "*cat*", "*mul*", "*add*", "*silu*",
+)  # fmt: skip
+"""Every second product and all that is no product (torchtitan, selective_ac_option = op)."""
+
+
+def _software(name: str, gradient_bytes: int, **more: bool | int) -> Software:
+    return Software(name=name, gradient_bytes=gradient_bytes, **MIXED, **more)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """How a group of runs was made.
+
+    Attributes:
+        families: ``fnmatch`` pattern of their families.
+        notes: text that has to be in their notes.
+        years: first and last year.
+        software: what prices follow.
+        fused_attention: FlashAttention or a kernel like it.
+        dropout: of the model, in training.
+        llama: RMSNorm, no biases, rotary positions, embedding apart; ``None``: as gated models are.
+        bias: linear layers of GPT models have one.
+        tied: the head uses the embedding's weight; ``None``: in GPT models.
+        selective: ops that their selective recompute runs again.
+        equal_stages: stages have equal numbers of layers; else they are balanced by cost.
+        memory_unit_bytes: what their sources call a GB.
+        memory: what their sources count: the ``peak``, ``activations`` (with the state, without
+            workspace), or the ``state`` that stays between steps.
+    """
+
+    families: str = "*"
+    notes: str = ""
+    years: tuple[int, int] = (0, 9999)
+    software: Software = field(default_factory=Software)
+    fused_attention: bool = True
+    dropout: float = 0.0
+    llama: bool | None = None
+    bias: bool = True
+    tied: bool | None = None
+    selective: tuple[str, ...] = CORE_ATTENTION
+    equal_stages: bool = True
+    memory_unit_bytes: float = 1e9
+    memory: str = "peak"
+
+    def fits(self, row: Row) -> bool:
+        first, last = self.years
+        return (
+            fnmatchcase(row.family, self.families)
+            and self.notes in row.notes
+            and first <= (row.year or last) <= last
+        )
+
+
+MEGATRON = _software(
+    "Megatron-LM", 4, reduced_bytes=2, overlaps_reduction=False, fuses_pointwise=True
+)
+MEGATRON_FP16 = _software(
+    "Megatron-LM, gradients summed in fp16", 2, overlaps_reduction=False, fuses_pointwise=True
+)
+MEGATRON_CORE = _software("Megatron Core", 4, fuses_pointwise=True)
+ALEPH = _software("Aleph Alpha Scaling", 2, overlaps_reduction=False, fuses_pointwise=True)
+# The gradient as backward makes it, and the sum in float32.
+NANOTRON = _software("nanotron", 6, reduced_bytes=2, fuses_pointwise=True)
+FOUNDRY = _software("llm-foundry (FSDP)", 4, reduced_bytes=4)
+FOUNDRY_PURE = _software("llm-foundry (FSDP, pure bf16)", 4, reduced_bytes=2)
+TITAN = _software("torchtitan", 4, reduced_bytes=4)
+TITAN_COMPILED = _software("torchtitan, compiled", 4, reduced_bytes=4, fuses_pointwise=True)
+INTERN = _software("InternEvo", 2)
+KEMPNER = _software("KempnerForge, compiled", 4, reduced_bytes=4, fuses_pointwise=True)
+ALPA = _software("Alpa (XLA)", 2, fuses_pointwise=True, overlaps_reduction=False)
+
+STACKS: tuple[Stack, ...] = (
+    # Megatron before FlashAttention: fused softmax, gelu and dropout kernels, scores in memory,
+    # gradients reduced after the last backward.
+    Stack(families="ptdp-*", notes="ZeRO-3", software=Software(
+        name="DeepSpeed ZeRO-3", gradient_bytes=2, fuses_pointwise=True,
+        overlaps_gathering=False, gathers_each=True, **MIXED),
+        fused_attention=False, dropout=0.1),
+    Stack(families="ptdp-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
+    Stack(families="megatron2020-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
+    Stack(families="korthikanti-*", software=MEGATRON, fused_attention=False, dropout=0.1,
+        memory_unit_bytes=GIB, memory="activations"),
+    Stack(families="bloom-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
+    Stack(families="vtrain-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
+    Stack(families="megascale-*", software=MEGATRON, fused_attention=False, dropout=0.1),
+    Stack(families="zb-*", software=MEGATRON, fused_attention=False),
+    Stack(families="alpa-*", software=ALPA, fused_attention=False, memory_unit_bytes=GIB),
+    # FlashAttention from here on.
+    Stack(families="moefold-*", software=MEGATRON_CORE, llama=True),
+    Stack(families="aleph-*", software=ALEPH),
+    Stack(families="nanotron-*", software=NANOTRON, equal_stages=False, tied=True,
+        memory_unit_bytes=GIB, memory="state"),
+    Stack(families="mosaic-*", notes="PURE", software=FOUNDRY_PURE, bias=False),
+    Stack(families="mosaic-*", software=FOUNDRY, bias=False),
+    Stack(families="torchtitan-*", notes="eager", software=TITAN, selective=EVERY_SECOND_PRODUCT,
+        memory_unit_bytes=GIB),
+    Stack(families="torchtitan-*", software=TITAN_COMPILED, selective=EVERY_SECOND_PRODUCT,
+        memory_unit_bytes=GIB),
+    Stack(families="internevo-*", software=INTERN),
+    Stack(families="kempner-*", notes="without torch.compile", software=TITAN),
+    Stack(families="kempner-*", software=KEMPNER),
+    # Sources that this table does not know, by what was usual in their year.
+    Stack(years=(0, 2022), software=MEGATRON, fused_attention=False, dropout=0.1),
+    Stack(software=MEGATRON_CORE),
+)  # fmt: skip
+
+
+def stack_of(row: Row) -> Stack:
+    """The stack of a row; the last entry takes everything."""
+    return next(stack for stack in STACKS if stack.fits(row))
