@@ -15,7 +15,7 @@ demo: $(STAMP)  ## plan Llama-3-8B for 64 H100; train a small GPT-2 on 4 process
 	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP)  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

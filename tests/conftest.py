@@ -9,10 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import Pool
+from xdist.scheduler import LoadScopeScheduling
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -23,13 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests one worker runs: a file each, and all rules, since a last test counts proofs."""
-    for item in items:
-        name = item.path.stem
-        group = "rules" if name.startswith("test_rules_") else name
-        item.add_marker(pytest.mark.xdist_group(group))
+class OneWorkerPerFile(LoadScopeScheduling):
+    """A worker runs whole files, and one runs all files of rules: a last test counts proofs."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = Path(nodeid.split("::", 1)[0]).stem
+        return "rules" if name.startswith("test_rules_") else name
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return OneWorkerPerFile(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoshard.capture import capture
 from autoshard.ir import Program
 
-BATCH, SEQUENCE, VOCAB = 8, 8, 33
+BATCH, SEQUENCE, VOCAB = 8, 8, 61
 """The vocabulary does not divide."""
 
 

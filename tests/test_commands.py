@@ -185,7 +185,7 @@ def test_plan_json_is_all_of_stdout(
     assert main(arguments) == 0
     out, err = capfd.readouterr()
     summary = json.loads(out)  # what solvers print would break this
-    assert summary["mesh"] == {"pp": 2, "dp": 2, "tp": 1}
+    assert summary["mesh"] == {"pp": 2, "dp": 2, "cp": 1, "tp": 1, "ep": 1}
     assert summary["schedule"] == "1f1b"
     assert summary["micro_batch_size"] * summary["num_micro_batches"] == 4
     assert summary["predicted_step_s"] > 0
@@ -244,7 +244,8 @@ def test_a_compared_configuration_that_does_not_fit_is_priced_all_the_same(
     [
         ("{", 2, "expects JSON in .*hand.json but it has none"),
         ("[1]", 2, r"expects a JSON object of pins .* got \[1\]"),
-        ('{"tq": 2}', 2, r"hand.json: unknown constraint 'tq'; did you mean"),
+        ('{"tq": 2}', 2, r"hand.json: unknown constraint 'tq' \(known: pp, .*tp"),
+        ('{"micro_batch": 2}', 2, r"unknown constraint 'micro_batch'; did you mean 'micro_batch_s"),
         ('{"tp": 0}', 2, "constraint tp expects a positive integer but got 0"),
         ('{"tp": 2, "pp": 2}', 2, "holds 4 ranks, which does not divide world_size=2"),
         (None, 2, "expects a file but .*No such file"),

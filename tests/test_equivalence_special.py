@@ -135,7 +135,7 @@ def test_a_tied_weight_is_one_weight_on_two_stages(ranks: Pool) -> None:
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_a_vocabulary_that_does_not_divide(tp: int) -> None:
-    """33 words over 2, 4 and 8 ranks, embedded and predicted in parts."""
+    """61 words over 2, 4 and 8 ranks, embedded and predicted in parts."""
     case = build("gpt2")
     plan = plan_of(case.program, tp, {"tp": tp, "sharding": {"transformer.wte.weight": "S(0)"}})
     states = [

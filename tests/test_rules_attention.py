@@ -106,6 +106,15 @@ def test_wide_heads_on_a_further_axis() -> None:
     assert {s.inputs[0].dim for s in found if s.inputs[0].is_split} == {0, 2}
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 4), (8, 2)])
+def test_rows_of_queries_on_a_further_axis(heads: int, kv_heads: int) -> None:
+    """Batch and heads split once the rows are; not the heads of few keys, nor rows again."""
+    args = [T(4, heads, 4, 2), T(4, kv_heads, 4, 2), T(4, kv_heads, 4, 3), None, 0.0, True]
+    op = make_alone("autoshard.row_attention", args, {"scale": None, "axis": "cp"})
+    dims = {s.inputs[0].dim for s in prove(op, 4) if s.inputs[0].is_split}
+    assert dims == ({0} if kv_heads == 2 else {0, 1})
+
+
 def make_alone(target: str, args: list[object], kwargs: dict[str, object]) -> Op:
     """`make_op` for an op that asks the mesh for an axis of one rank."""
     from autoshard.runtime.mesh import Mesh, set_current

@@ -1,4 +1,4 @@
-"""Sparse experts: the op, its rule, models with them, and experts spread over data ranks."""
+"""Sparse experts: the op, models with them, and experts spread over data ranks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import equivalence as harness
 import pytest
 import torch
-from drawn import offered
 from ranks import Pool
-from rule_harness import I, T, integers, make_op, prove
 from sparse_model import SparseModel
 from test_search import CLUSTER
 from torch import Tensor
@@ -20,18 +18,10 @@ from autoshard.cluster import link
 from autoshard.cost_models.collective import collective_s
 from autoshard.emit import emit
 from autoshard.errors import OptionError
-from autoshard.ir import Op, Program
+from autoshard.ir import Program
 from autoshard.options import Constraints
 from autoshard.plan.plan import Plan
 from autoshard.plan.search import find_plan
-
-
-def op_of(
-    tokens: tuple[int, ...] = (4, 4), experts: int = 4, width: int = 8, *, gated: bool = True
-) -> Op:
-    up = T(experts, 2 * width if gated else width, 6)
-    arguments = [T(*tokens, 6), T(*tokens, 2), I(*tokens, 2), up, T(experts, 6, width), "silu"]
-    return make_op("autoshard.sparse_experts", arguments)
 
 
 def dense(x: Tensor, scores: Tensor, chosen: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -64,27 +54,6 @@ def test_an_activation_that_there_is_not() -> None:
     with pytest.raises(OptionError, match="an activation of silu, gelu"):
         autoshard.sparse_experts(x, x[:, :2], x[:, :2].long(), torch.zeros(4, 8, 6),
                                  torch.zeros(4, 6, 8), "sin")  # fmt: skip
-
-
-@pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("tokens", [(4,), (4, 4), (3, 4)])
-def test_rule(tokens: tuple[int, ...], gated: bool, n: int) -> None:
-    op = op_of(tokens, gated=gated)
-    prove(op, n, make_inputs=integers(4)(op))
-
-
-def test_what_is_offered() -> None:
-    assert offered(op_of(), 4) == {
-        "R, R, R, R, R -> R",
-        "V, V, R, V, V -> V",
-        "S(0), S(0), S(0), V, V -> S(0)",
-        "S(1), S(1), S(1), V, V -> S(1)",
-        "V, V, R, S(1;8,8), S(2) -> P",
-        "V, V, R, S(0), S(0) -> P [own]",
-        "S(0), S(0), S(0), S(0), S(0) -> S(0) [exchange]",
-        "S(1), S(1), S(1), S(0), S(0) -> S(1) [exchange]",
-    }
 
 
 def sparse(dtype: torch.dtype) -> tuple[SparseModel, dict[str, Tensor], None]:
