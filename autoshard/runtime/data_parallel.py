@@ -80,6 +80,7 @@ def data_parallel(
     group: dist.ProcessGroup | None,
     mesh: DeviceMesh | None,
     units: Sequence[nn.Module] = (),
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> DataParallel:
     """Prepare a stage for data parallelism; afterwards its parameters are what they are at rest.
 
@@ -88,6 +89,7 @@ def data_parallel(
         mesh: the one-dimensional ``dp`` mesh (needed for the ZeRO modes).
         units: modules of the stage that are gathered one by one under ``zero3`` and reduced one by
             one under all ZeRO modes.
+        bucket_bytes: of gradients that ``ddp`` reduces at once.
 
     Raises:
         OptionError: for an unknown mode.
@@ -102,7 +104,7 @@ def data_parallel(
         return Alone()
     if mode == "ddp":
         assert group is not None
-        return Replicated(trainable, group)
+        return Replicated(trainable, group, bucket_bytes)
     assert group is not None and mesh is not None
     return Sharded(stage, mode=mode, group=group, mesh=mesh, units=units)
 

@@ -29,7 +29,12 @@ from autoshard.runtime import mesh as meshes
 from autoshard.runtime import optimizer as optimizers
 from autoshard.runtime.agreement import fingerprint
 from autoshard.runtime.collectives import stack_over
-from autoshard.runtime.data_parallel import DataParallel, data_parallel, is_split_over_dp
+from autoshard.runtime.data_parallel import (
+    BUCKET_BYTES,
+    DataParallel,
+    data_parallel,
+    is_split_over_dp,
+)
 from autoshard.runtime.mesh import Mesh
 from autoshard.runtime.parameters import (
     Layer,
@@ -56,6 +61,7 @@ class EngineConfig:
             ``num_micro_batches / standalone`` micro-batches; their losses are averaged.
         schedule: ``none``, ``gpipe``, ``1f1b`` or an explicit schedule.
         inputs, outputs: local types of the activations that this rank's stage receives and sends.
+        bucket_bytes: of gradients that ``ddp`` reduces at once.
         max_norm: clip gradients to this global norm.
     """
 
@@ -64,6 +70,7 @@ class EngineConfig:
     standalone: int = 1
     schedule: str | Schedule = "none"
     data_parallel: str = "ddp"
+    bucket_bytes: int = BUCKET_BYTES
     inputs: tuple[TensorType, ...] = ()
     outputs: tuple[TensorType, ...] = ()
     max_norm: float | None = None
@@ -179,13 +186,9 @@ class Engine:
         Args:
             scheduler: makes it for the engine's optimizer.
         """
-        groups = self.optimizer.param_groups
-        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.scheduler = scheduler(self.optimizer)
-        if self.scheduler_state is not None:
-            self.scheduler.load_state_dict(self.scheduler_state)
-            for group, before in zip(groups, options, strict=True):
-                group.update(before)  # making a scheduler sets the rates of step 0
+        self.scheduler = optimizers.make_scheduler(
+            scheduler, self.optimizer, self.scheduler_state
+        )
         return self.scheduler
 
     def gradient_norm(self) -> float:
@@ -219,7 +222,7 @@ class Engine:
         arguments: list[Mapping[str, Any]] = []
         for batch_of_its_own in data.micro_batches(local, config.batch, config.standalone):
             with torch.set_grad_enabled(train):
-                shared = _prologue(stage, batch_of_its_own, count)
+                shared = prologue(stage, batch_of_its_own, count)
             parts = data.micro_batches(batch_of_its_own, config.batch, count)
             for part, values in zip(parts, shared, strict=True):
                 key = make_key(config.seed, self.step_number, len(arguments))
@@ -294,7 +297,7 @@ def _check_divides(config: EngineConfig, mesh: Mesh) -> None:
             )
 
 
-def _prologue(stage: nn.Module, local: Mapping[str, Tensor], count: int) -> list[data.Batch]:
+def prologue(stage: nn.Module, local: Mapping[str, Tensor], count: int) -> list[data.Batch]:
     """What the stage computes once per step, as each of ``count`` micro-batches receives it."""
     names: tuple[str, ...] = tuple(getattr(stage, "PROLOGUE", ()))
     if not names:
@@ -344,6 +347,7 @@ def _prepare_data_parallel(stage: nn.Module, config: EngineConfig, mesh: Mesh) -
     return data_parallel(
         stage, mode=config.data_parallel, size=size, mesh=device_mesh,
         group=mesh.group(axis) if size > 1 else None, units=tuple(gathered_units(stage)),
+        bucket_bytes=config.bucket_bytes,
     )  # fmt: skip
 
 
