@@ -220,6 +220,8 @@ class ScheduleKind:
         closed_form: equal stages take ``(m + p - 1)`` turns.
         flushes: the optimizer waits until all ranks are done; the zero-bubble schedules let each
             rank go on to its next step at its own time (Qi et al. 2023, section 4).
+        stale: gradients are of older weights than those they change, as the table of
+            :mod:`autoshard.versioned` says; ``make`` has the order of its forwards and backwards.
         runs: the runtime can execute it; others are for predictions.
     """
 
@@ -228,6 +230,7 @@ class ScheduleKind:
     most_virtual: int | None = 1
     closed_form: bool = False
     flushes: bool = True
+    stale: bool = False
     runs: bool = False
 
 
@@ -235,6 +238,12 @@ SCHEDULES: dict[str, ScheduleKind] = {
     "none": ScheduleKind(make=lambda p, m, v, w: sequential(p, m), closed_form=True, runs=True),
     "gpipe": ScheduleKind(make=lambda p, m, v, w: gpipe(p, m), closed_form=True, runs=True),
     "1f1b": ScheduleKind(make=lambda p, m, v, w: one_f_one_b(p, m), closed_form=True, runs=True),
+    "pipedream": ScheduleKind(
+        make=lambda p, m, v, w: one_f_one_b(p, m), flushes=False, stale=True, runs=True
+    ),
+    "pipedream-2bw": ScheduleKind(
+        make=lambda p, m, v, w: one_f_one_b(p, m), flushes=False, stale=True, runs=True
+    ),
     "interleaved-1f1b": ScheduleKind(
         make=lambda p, m, v, w: interleaved(p, m, v), least_virtual=2, most_virtual=None
     ),

@@ -416,6 +416,27 @@ def _oldest_used(actions: Sequence[Action]) -> list[int]:
     return found[::-1]
 
 
+def most_stale(workers: int, bound: int) -> int:
+    """Updates between the weights of a gradient and those that it changes, under ``ssp``.
+
+    Workers are at most ``bound`` minibatches ahead of the slowest (Ho et al. 2013, "More effective
+    distributed ML via a stale synchronous parallel parameter server", section 3). So from when a
+    worker fetches its weights until its gradient is applied, each other one goes from at most
+    ``bound`` behind to at most ``bound`` ahead, and makes one update more.
+    """
+    return (workers - 1) * (2 * bound + 1)
+
+
+def holds(rules: Rules) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Per stage the most micro-batches in flight and versions of weights of one of its replicas."""
+    run = dry_run(rules.unrolled(4 + 2 * rules.delay), rules)
+    first = [rules.ranks_of(stage) for stage in range(rules.num_stages)]
+    return (
+        tuple(max(run.in_flight[r] for r in ranks) for ranks in first),
+        tuple(max(run.versions[r] for r in ranks) for ranks in first),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
     """Seconds of one stage.

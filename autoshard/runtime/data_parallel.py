@@ -29,13 +29,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from autoshard.errors import OptionError
+from autoshard.plan.plan import BUCKET_BYTES
 from autoshard.runtime.mesh import Mesh
 from autoshard.runtime.parameters import local_part
 
 MODES = ("ddp", "zero1", "zero2", "zero3")
-
-BUCKET_BYTES = 25 * 2**20
-"""Bytes of gradients that ``ddp`` reduces at once: torch DDP's default."""
 
 
 class DataParallel(Protocol):

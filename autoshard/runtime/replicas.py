@@ -130,6 +130,7 @@ class ReplicatedEngine:
         self._arguments: dict[int, Mapping[str, Any]] = {}
         self._flying: dict[int, _Flight] = {}
         self._fed = 0  # steps since the pipeline was empty
+        self._last_used = 0  # version of the last backward
         self._next_forward = place.rank - rules.ranks_of(place.stage)[0]
 
     # -- what a user calls ------------------------------------------------------------------------
@@ -191,7 +192,7 @@ class ReplicatedEngine:
                     action = Action(self.place.stage, "F", micro_batch, 0)
                     self._forward(action)
                     self._flying.pop(micro_batch)
-                self._wire.finish()
+                self._empty()
             finally:
                 module.train(was_training)
             self._losses.share()
@@ -272,6 +273,7 @@ class ReplicatedEngine:
         """The backward of a micro-batch; ``updates``: an update follows, so gradients are reduced
         as they arrive."""
         flight = self._flying.pop(action.micro_batch)
+        self._last_used = action.version
         reduction = self._reduction(self._versions.module(action.version))
         if reduction is not None:
             reduction.before_backward(last=updates)
@@ -300,15 +302,14 @@ class ReplicatedEngine:
         return self._reductions[module]
 
     def _update(self, action: Action) -> None:
-        """Step the newest weights by the gradients of the last backward's version."""
+        """Step the newest weights by the gradients of the last backward, which lie with the version
+        that it used: the micro-batches of one update and rank have all met the same one."""
         rules, stage = self.place.rules, action.stage
-        # Gradients are with the version that the micro-batches of this update have met.
-        of = rules.version(stage, (action.version - 1) * rules.per_update(stage))
-        gradients = [slot.holder.grad for slot in _slots_of(self.slots, self._versions.module(of))]
+        source = self._versions.module(self._last_used)
+        gradients = [slot.holder.grad for slot in _slots_of(self.slots, source)]
         self._weigh(gradients)
         flying = [flight.version for flight in self._flying.values()]
         oldest = min([*flying, rules.version(stage, self._next_forward)])
-        source = self._versions.module(of)
         self._versions.release(oldest)
         module = self._versions.advance(keep=rules.stale and oldest < action.version)
         self.slots = _slots_of(self.slots, module)
