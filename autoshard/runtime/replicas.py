@@ -380,7 +380,9 @@ def _slots(stage: nn.Module, *, counted: bool) -> Iterator[Slot]:
         if not declaration.buffer and tensor.requires_grad and tensor not in seen:
             assert isinstance(tensor, nn.Parameter)
             seen.add(tensor)
-            yield Slot(name, declaration, tensor, nn.Parameter(tensor.detach()), counted)
+            # Autograd counts changes of a tensor and of what it is detached from together; the
+            # optimizer's steps must not count as changes of the versions that it has left behind.
+            yield Slot(name, declaration, tensor, nn.Parameter(tensor.data), counted)
 
 
 def _slots_of(slots: Sequence[Slot], module: nn.Module) -> tuple[Slot, ...]:
