@@ -8,7 +8,8 @@ slowest one is at most so many minibatches behind (Ho et al. 2013, "More effecti
 a stale synchronous parallel parameter server"); with bound 0 all go in step, yet each gradient is an
 update of its own.
 
-A server is a thread per worker, which waits for that worker's gradients.
+A server is a thread per worker, which waits for that worker's gradients. Servers do not agree on an
+order of arrival, so parameters of different servers may meet gradients in different orders.
 """
 
 from __future__ import annotations
