@@ -305,6 +305,14 @@ class _DryRun:
                 f"expected the actions of {rules.num_ranks} ranks but got {len(schedule.ranks)}; "
                 "write one line per rank"
             )
+        for rank, actions in enumerate(schedule.ranks):
+            stage = rules.stage_of(rank)
+            misplaced = [action for action in actions if action.stage != stage]
+            if misplaced:
+                raise OptionError(
+                    f"expected actions of stage {stage} on rank {rank} but got {misplaced[0]}; "
+                    "move it"
+                )
         self._ranks, self._rules = schedule.ranks, rules
         count = rules.num_ranks
         self._next = [0] * count
@@ -360,11 +368,6 @@ class _DryRun:
 
     def _check(self, rank: int, action: Action) -> None:
         rules = self._rules
-        if action.stage != rules.stage_of(rank):
-            raise OptionError(
-                f"expected actions of stage {rules.stage_of(rank)} on rank {rank} but got "
-                f"{action}; move it"
-            )
         if action.what == "S":
             if action.version != self._newest[rank] + 1:
                 raise OptionError(

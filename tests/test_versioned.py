@@ -88,7 +88,7 @@ def test_pictures_of_the_paper() -> None:
 
 
 WRONG = [
-    ("0F0@0 0B0@1 0S1", "version of its forward"),
+    ("0F0@0 0B0@0 0S1 0F1@1 0B1@0 0S2", "version of its forward"),
     ("0F0@1 0B0@1", "has version 0"),
     ("0B0@0", "has not run"),
     ("0F0@0 0B0@0 0S2", "make version 1 next"),
@@ -211,7 +211,7 @@ def test_a_plan_says_how_stale_it_is(tmp_path: Path) -> None:
 
 def test_weight_versions_are_in_the_memory() -> None:
     def weights(**pins: Any) -> list[int]:
-        plan = runs.setup("chain", stages=(2, 2, 2, 1), replicas=(1, 1, 1, 1), **pins).plan
+        plan = runs.setup("chain", stages=(3, 3, 3, 2), replicas=(1, 1, 1, 1), **pins).plan
         return [stage.memory.parameters for stage in plan.stages]
 
     once = weights(schedule="1f1b", micro_batch_size=3)
