@@ -91,7 +91,14 @@ class Constraints:
     staleness: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (*AXES, "ep", "micro_batch_size", "virtual_stages", "memory_bytes", "bucket_bytes"):
+        for name in (
+            *AXES,
+            "ep",
+            "micro_batch_size",
+            "virtual_stages",
+            "memory_bytes",
+            "bucket_bytes",
+        ):
             value = getattr(self, name)
             wrong_type = isinstance(value, bool) or not isinstance(value, int)
             if value is not None and (wrong_type or value < 1):

@@ -334,7 +334,10 @@ def _samples_per_s(plan: Plan) -> float:
 
 def gains() -> str:
     """A table over link speeds."""
-    lines = ["| GPUs | Ethernet per node | stages | gain over data parallelism |", "|---|---|---|---|"]
+    lines = [
+        "| GPUs | Ethernet per node | stages | gain over data parallelism |",
+        "|---|---|---|---|",
+    ]
     for world_size, per_node in ((4, 1), (16, 4)):
         for gigabits in (1.0, 5.0, 10.0, 25.0, 100.0):
             factor, plan = gain(gigabits, world_size, per_node)

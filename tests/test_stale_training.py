@@ -56,7 +56,9 @@ def reference(given: Setup, rule: Any, optimizer: Any) -> runs.Reference:
     plan = given.plan
     m, each = plan.num_micro_batches, plan.schedule == "pipedream"
     version = rule(plan.replicas) if each else rule(m)
-    return runs.Reference(given, version, plan.replicas if each else [m] * len(plan.stages), optimizer)
+    return runs.Reference(
+        given, version, plan.replicas if each else [m] * len(plan.stages), optimizer
+    )
 
 
 def assert_close(found: State, expected: State, error: float = 1e-12) -> None:
@@ -77,7 +79,9 @@ def test_same_as_one_process_with_all_versions(case: str, optimizer: Any, ranks:
     losses = [expected.step(b, given.plan.num_micro_batches) for b in runs.batches("chain", STEPS)]
     found, left, state = results[0]
     assert_close(state, expected.state, 1e-11)
-    assert all((other[0] == found or math.isnan(found[0])) and other[1] == left for other in results)
+    assert all(
+        (other[0] == found or math.isnan(found[0])) and other[1] == left for other in results
+    )
     delay = given.plan.rules.delay
     assert all(math.isnan(loss) for loss in found[:delay])
     assert [*found[delay:], *left] == pytest.approx(losses, abs=1e-12)

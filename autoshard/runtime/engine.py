@@ -186,9 +186,7 @@ class Engine:
         Args:
             scheduler: makes it for the engine's optimizer.
         """
-        self.scheduler = optimizers.make_scheduler(
-            scheduler, self.optimizer, self.scheduler_state
-        )
+        self.scheduler = optimizers.make_scheduler(scheduler, self.optimizer, self.scheduler_state)
         return self.scheduler
 
     def gradient_norm(self) -> float:
