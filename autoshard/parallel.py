@@ -22,8 +22,8 @@ from autoshard.options import ASYNCHRONOUS
 from autoshard.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from autoshard.runtime.data import GlobalBatchSampler
     from autoshard.runtime.asynchronous import AsynchronousEngine, Worker
+    from autoshard.runtime.data import GlobalBatchSampler
     from autoshard.runtime.engine import Engine
     from autoshard.runtime.mesh import Mesh
     from autoshard.runtime.replicas import Place, ReplicatedEngine
@@ -297,8 +297,8 @@ class Parallel:
 
         rank, size = self._share
         return GlobalBatchSampler(
-            dataset, self.plan.global_batch_size, rank=rank, size=size, seed=self.plan.seed if seed is None else seed,
-            shuffle=shuffle,
+            dataset, self.plan.global_batch_size, rank=rank, size=size, shuffle=shuffle,
+            seed=self.plan.seed if seed is None else seed,
         )  # fmt: skip
 
     def _aliases(self) -> dict[str, str]:

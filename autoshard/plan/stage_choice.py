@@ -14,8 +14,8 @@ from autoshard.cost_models.costs import CostModel
 from autoshard.cost_models.state import StateBytes
 from autoshard.errors import OptionError
 from autoshard.ir import Program, TensorType
-from autoshard.plan.class_costs import ClassCosts
 from autoshard.options import ASYNCHRONOUS
+from autoshard.plan.class_costs import ClassCosts
 from autoshard.plan.plan import Assignment, Mesh
 from autoshard.plan.recompute import MenuEntry
 from autoshard.plan.replicas import ReplicaProblem, ReplicatedSplit, Segment
@@ -468,7 +468,8 @@ class _Choice:
             versions = holds(replica_rules(configuration, constraints.vertical_sync))[1]
         found = StagedPlan(
             program=self.request.program, configuration=configuration,
-            data_parallel=configuration.data_parallel[0], assignments=self.assignments, classes=self.classes,
+            data_parallel=configuration.data_parallel[0], assignments=self.assignments,
+            classes=self.classes,
             stages=tuple(stages), choices=tuple(choices),
             state=tuple(
                 self.prices_over(1).state(

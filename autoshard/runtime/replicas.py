@@ -67,13 +67,13 @@ class Place:
             timeout: after which a rank that waits for another gives up.
         """
         rank = dist.get_rank()
-        messages = [dist.new_group(timeout=timeout) for _ in range(3)]
+        forward, backward, losses = (dist.new_group(timeout=timeout) for _ in range(3))
         replicas = None
         for stage, count in enumerate(rules.replicas):
             if count > 1:
                 group = dist.new_group(list(rules.ranks_of(stage)), timeout=timeout)
                 replicas = group if rank in rules.ranks_of(stage) else replicas
-        return Place(rules, rank, *messages, replicas)
+        return Place(rules, rank, forward, backward, losses, replicas)
 
     @property
     def stage(self) -> int:
@@ -277,13 +277,9 @@ class ReplicatedEngine:
         reduction = self._reduction(self._versions.module(action.version))
         if reduction is not None:
             reduction.before_backward(last=updates)
-        gradients = self._wire.gradients(action)
+        gradients: Sequence[Tensor | None] = self._wire.gradients(action) or [None]
         differentiable = [t for t in flight.outputs if t.dtype.is_floating_point]
-        pairs = [
-            (t, g)
-            for t, g in zip(differentiable, gradients or [None], strict=True)
-            if t.requires_grad
-        ]
+        pairs = [(t, g) for t, g in zip(differentiable, gradients, strict=True) if t.requires_grad]
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         if reduction is not None and updates:
