@@ -272,3 +272,17 @@ def test_nothing_stale_is_chosen_without_a_pin() -> None:
 
 def test_bucket_bytes_are_in_the_plan() -> None:
     assert runs.setup("chain", dp=4, bucket_bytes=1000).plan.bucket_bytes == 1000
+
+
+def test_vgg16_gains_on_slow_links() -> None:
+    """The planner finds the published 3-1, convolutions apart from linear layers, with a gain over
+    data parallelism within the published range (1.46 to 5.28 times; PipeDream, table 1)."""
+    from benchmarks.asynchronous import gain
+
+    factor, plan = gain(10.0, world_size=4, per_node=1)
+    assert plan.replicas == (3, 1)
+    paths = [[segment.path for segment in stage.segments] for stage in plan.stages]
+    assert any("features" in path for path in paths[0])
+    assert not any("classifier" in path for path in paths[0])
+    assert "classifier" in paths[1][-2]
+    assert 1.46 <= factor <= 5.28

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
 from autoshard.errors import CheckpointError
 from autoshard.runtime import mesh as meshes
+from autoshard.runtime.asynchronous import AsynchronousEngine
 from autoshard.runtime.boxes import pieces
 from autoshard.runtime.checkpoint_folder import (
     VERSION,
@@ -52,24 +53,27 @@ from autoshard.runtime.checkpoint_folder import (
 from autoshard.runtime.checkpoint_pieces import Pieces
 from autoshard.runtime.engine import Engine
 from autoshard.runtime.parameters import declared, local_part, pieces_of
+from autoshard.runtime.replicas import ReplicatedEngine
 
 __all__ = [
     "exists", "find", "latest_step", "load", "load_plain", "load_plain_optimizer",
     "read_manifest", "save",
 ]  # fmt: skip
 
+AnyEngine = Engine | ReplicatedEngine | AsynchronousEngine
+
 
 # -- what is saved --------------------------------------------------------------------------------
 
 
-def _model(engine: Engine) -> Iterator[tuple[str, Pieces]]:
+def _model(engine: AnyEngine) -> Iterator[tuple[str, Pieces]]:
     for name, declaration, tensor in declared(engine.module):
         if declaration.persistent:
             held = pieces_of(tensor, declaration)
             yield f"model.{name}", Pieces(local_part(tensor), declaration.shape, held)
 
 
-def _optimizer(engine: Engine) -> Iterator[tuple[str, Any]]:
+def _optimizer(engine: AnyEngine) -> Iterator[tuple[str, Any]]:
     for slot in engine.slots:
         for key, value in engine.optimizer.state.get(slot.local, {}).items():
             name = f"optimizer.{slot.name}.{key}"
@@ -91,7 +95,7 @@ def _constants(tensors: Mapping[str, Tensor] | None) -> dict[str, Pieces]:
     }
 
 
-def _small(engine: Engine, rank: int) -> dict[str, tuple[Any]]:
+def _small(engine: AnyEngine, rank: int) -> dict[str, tuple[Any]]:
     """Objects; in tuples, because DCP takes dicts and lists apart."""
     options = [
         {k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups
@@ -121,7 +125,7 @@ def _restore_random_states(states: Mapping[str, Any]) -> None:
 
 
 def save(
-    engine: Engine,
+    engine: AnyEngine,
     folder: str | os.PathLike[str],
     *,
     aliases: Mapping[str, str] | None = None,
@@ -198,7 +202,7 @@ def exists(folder: str | os.PathLike[str]) -> bool:
 
 
 def load(
-    engine: Engine,
+    engine: AnyEngine,
     folder: str | os.PathLike[str],
     *,
     constant: Mapping[str, Tensor] | None = None,
@@ -249,7 +253,7 @@ def load(
     return engine.step_number
 
 
-def _restore(engine: Engine, objects: Mapping[str, Any]) -> None:
+def _restore(engine: AnyEngine, objects: Mapping[str, Any]) -> None:
     for group, options in zip(engine.optimizer.param_groups, objects["groups"], strict=True):
         group.update(options)
     engine.scheduler_state = objects.get("scheduler")
@@ -378,7 +382,7 @@ def _difference(state: Mapping[str, Any], metadata: Metadata, place: Path) -> st
     return ""
 
 
-def _allocate_optimizer_state(engine: Engine, metadata: Metadata) -> None:
+def _allocate_optimizer_state(engine: AnyEngine, metadata: Metadata) -> None:
     """Give the optimizer the state that was saved, still to be filled; drops what it had."""
     saved: dict[str, dict[str, Any]] = {}
     for key, value in metadata.state_dict_metadata.items():
