@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward
-from torch.distributed.pipelining._utils import _make_tensor_from_meta
 from torch.distributed.pipelining.schedules import (
     RESHARD,
     UNSHARD,
@@ -194,7 +193,9 @@ class _Stage(PipelineStage):
     def _allocate(self, infos: Sequence[_RecvInfo]) -> None:
         for info in infos:
             if info.tensor_meta is not None and not info.is_root_arg:
-                info.buffer = _make_tensor_from_meta(info.tensor_meta, self.device)
+                info.buffer = torch.empty(
+                    info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=self.device
+                )
 
     def _release(self, infos: Sequence[_RecvInfo]) -> None:
         for info in infos:
