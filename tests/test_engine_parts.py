@@ -19,7 +19,14 @@ from autoshard.runtime.agreement import fingerprint
 from autoshard.runtime.data_parallel import Replicated, data_parallel, is_split_over_dp
 from autoshard.runtime.engine import Engine, EngineConfig, gathered_units
 from autoshard.runtime.mesh import Mesh, using
-from autoshard.runtime.parameters import Layer, Parameter, declared, load_parameters, local
+from autoshard.runtime.parameters import (
+    Layer,
+    Parameter,
+    declared,
+    load_parameters,
+    local,
+    local_part,
+)
 from autoshard.schedule import Schedule
 from autoshard.schedules import gpipe
 
@@ -77,7 +84,7 @@ def held(mode: str) -> dict[str, Any]:
         seen["part"] = slot.local.numel() / parameter.numel()
         state = engine.optimizer.state[slot.local]["exp_avg"]
         seen["state"] = state.numel() / parameter.numel()
-        assert slot.local.data_ptr() == parameter.to_local().data_ptr()
+        assert slot.local.data_ptr() == local_part(parameter).data_ptr()
     return seen
 
 
@@ -286,7 +293,7 @@ def relay(frozen: bool, schedule: str) -> tuple[list[float], Tensor | None, list
         engine = Engine(made, mesh=mesh, config=config, optimizer="sgd")
         losses = [engine.step(relay_batch(step)) for step in range(2)]
         gradient = made.w.grad
-        return losses, None if gradient is None else gradient.to_local(), made.seen
+        return losses, None if gradient is None else local_part(gradient), made.seen
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])

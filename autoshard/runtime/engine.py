@@ -144,7 +144,8 @@ class Engine:
             OptionError: if the batch is not what :func:`autoshard.runtime.data.local_batch` gives.
         """
         with launch.guarded(), meshes.using(self.mesh):
-            self.module.train()
+            if not self.module.training:  # going through all modules takes as long as some layers
+                self.module.train()
             self.zero_grad()
             losses = self._run(local_batch, train=True)
             self._reduce_gradients()

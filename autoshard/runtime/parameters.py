@@ -1,8 +1,9 @@
 """Parameters at rest: declared by emitted layers, held as DTensors under their original names.
 
-A layer's parameter is a ``DTensor`` on the ``tp`` axis of the mesh, split or replicated there;
-FSDP2 may split its rows over ``dp`` as well. The DTensor of a blockwise split is one over the
-whole tensor with its elements in another order: its local part is this rank's part of every block.
+A layer's parameter is a ``DTensor`` on the ``tp`` axis of the mesh, split or replicated there (a
+plain tensor where that axis has one rank, which spares every use the dispatch of a DTensor); FSDP2
+may split its rows over ``dp`` as well. The DTensor of a blockwise split is one over the whole
+tensor with its elements in another order: its local part is this rank's part of every block.
 Buffers are plain tensors, this rank's part.
 
 Nothing outside this file and :mod:`autoshard.runtime.boxes` knows how a parameter is cut.
@@ -92,7 +93,7 @@ def _empty(declaration: Parameter, mesh: Mesh) -> Tensor:
     tensor = torch.empty(tp_shape(shape, split, place), dtype=declaration.dtype)
     if declaration.buffer:
         return tensor
-    if mesh.device_mesh is not None:
+    if mesh.device_mesh is not None and mesh.size("tp") > 1:
         tensor = DTensor.from_local(
             tensor,
             mesh.device_mesh["tp"],
@@ -326,6 +327,8 @@ def sum_partial_gradients(module: nn.Module) -> None:
     One all-reduce per axis and dtype.
     """
     mesh = current()
+    if all(mesh.size(axis) == 1 for axis in mesh.axes):
+        return
     groups: dict[tuple[str, torch.dtype], list[Tensor]] = {}
     for _, declaration, tensor in declared(module):
         if tensor.grad is not None:
