@@ -209,7 +209,8 @@ def local(parameter: Tensor, size: int | None = None) -> Tensor:
         size: of the whole split dim, if it is not the parameter's own.
     """
     if not isinstance(parameter, DTensor):
-        return _with_own_gradient(parameter.view_as(parameter), parameter)
+        _keep_gradient_apart(parameter)
+        return parameter
     tensor = parameter.to_local(grad_placements=parameter.placements)
     tensor = _with_own_gradient(tensor, parameter)
     (placement,) = parameter.placements
@@ -224,12 +225,29 @@ def local(parameter: Tensor, size: int | None = None) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
+def _keep_gradient_apart(parameter: Tensor) -> None:
+    """See that no other gradient shares memory with this parameter's.
+
+    Autograd makes the first gradient that arrives the parameter's ``grad`` without a copy, if no
+    one else holds that tensor. It may still be a part of another's memory, as in
+    ``cat(token, x) + positions``; adding to one, as the next micro-batch does, would then change
+    the other.
+    """
+    if parameter.requires_grad and not hasattr(parameter, "_gradient_kept_apart"):
+        parameter.register_hook(_copy_of_a_part)  # type: ignore[no-untyped-call]
+        parameter._gradient_kept_apart = True  # type: ignore[attr-defined]
+
+
+def _copy_of_a_part(gradient: Tensor) -> Tensor | None:
+    if gradient.untyped_storage().nbytes() == gradient.nbytes:
+        return None
+    return gradient.clone(memory_format=torch.contiguous_format)
+
+
 def _with_own_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:
     """``tensor``, a view of ``parameter``, such that no other gradient shares memory with its own.
 
-    Autograd makes the first gradient that arrives the parameter's ``grad`` without a copy, though
-    through a view it may be (a part of) another's, as in ``cat(token, x) + positions``. Adding to
-    one, as the next micro-batch does, would then change the other.
+    Through a view autograd cannot tell who else holds a gradient, so the first is always copied.
     """
     if tensor.requires_grad:
 
