@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from autoshard.errors import OptionError
 from autoshard.runtime.mesh import Mesh
-from autoshard.runtime.parameters import local_part
+from autoshard.runtime.parameters import local_part, on_gradient, set_local_gradient
 
 MODES = ("ddp", "zero1", "zero2", "zero3")
 
@@ -49,17 +49,6 @@ class DataParallel(Protocol):
 
     def end_forward(self) -> None:
         """Call after forwards without backward: gives back what was gathered for them."""
-
-
-def set_local_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
-    """Give a parameter the gradient of the part that this rank holds."""
-    if gradient is None or not isinstance(parameter, DTensor):
-        parameter.grad = gradient
-        return
-    parameter.grad = DTensor.from_local(
-        gradient, parameter.device_mesh, parameter.placements, run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
 
 
 def is_split_over_dp(tensor: Tensor, mesh: Mesh) -> bool:
@@ -157,7 +146,7 @@ class Replicated:
                 method(parameter)
 
         for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            on_gradient(parameter, hook)
 
     def before_backward(self, *, last: bool) -> None:
         self._armed = last
