@@ -300,6 +300,21 @@ def homes(name: str, num_ranks: int, virtual_stages: int) -> tuple[int, ...]:
     return tuple(s % num_ranks for s in stages)
 
 
+def check_data_parallel(schedule: Schedule, mode: str) -> None:
+    """Whether gradients can be reduced by this data-parallel mode under a schedule.
+
+    Raises:
+        OptionError: backward is split and the mode reduces gradients of weights, or frees weights,
+            in each backward of inputs, where a split backward has no gradients of weights yet.
+    """
+    splits = any(action.kind == "W" for rank in schedule.ranks for action in rank)
+    if splits and mode in ("zero2", "zero3"):
+        raise OptionError(
+            f"expected data_parallel 'ddp' or 'zero1' with a schedule that splits backward but got "
+            f"{mode!r}, which reduces gradients with each backward; choose another of the two"
+        )
+
+
 def check_virtual_stages(name: str, virtual_stages: int) -> None:
     """Whether a schedule can have so many chunks per rank.
 
