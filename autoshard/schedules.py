@@ -392,18 +392,25 @@ def homes(name: str, num_ranks: int, virtual_stages: int) -> tuple[int, ...]:
     return tuple(s % num_ranks for s in stages)
 
 
-def check_data_parallel(schedule: Schedule, mode: str) -> None:
-    """Whether gradients can be reduced by this data-parallel mode under a schedule.
+WITH_SPLIT_BACKWARD = ("ddp", "zero1")
+"""Data-parallel modes that can reduce gradients of weights after a backward that is split. The
+others reduce them, or free weights, in each backward of inputs, which has none of them yet."""
+
+
+def check_data_parallel(splits: bool, mode: str) -> None:
+    """Whether gradients can be reduced by this data-parallel mode.
+
+    Args:
+        splits: the schedule splits backward.
 
     Raises:
-        OptionError: backward is split and the mode reduces gradients of weights, or frees weights,
-            in each backward of inputs, where a split backward has no gradients of weights yet.
+        OptionError: they cannot; names the modes that can.
     """
-    splits = any(action.kind == "W" for rank in schedule.ranks for action in rank)
-    if splits and mode in ("zero2", "zero3"):
+    if splits and mode not in WITH_SPLIT_BACKWARD:
         raise OptionError(
-            f"expected data_parallel 'ddp' or 'zero1' with a schedule that splits backward but got "
-            f"{mode!r}, which reduces gradients with each backward; choose another of the two"
+            f"expected data_parallel {' or '.join(WITH_SPLIT_BACKWARD)} with a schedule that "
+            f"splits backward but got {mode!r}, which reduces gradients with each backward; "
+            "choose one of them, or a schedule such as 1f1b"
         )
 
 

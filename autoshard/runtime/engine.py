@@ -363,7 +363,7 @@ def _schedule(config: EngineConfig, mesh: Mesh, stages: Sequence[LocalStage]) ->
             "this plan"
         )
     if num_ranks > 1 and mesh.size(mesh.replicas) > 1:
-        check_data_parallel(schedule, config.data_parallel)
+        check_data_parallel(schedule.splits, config.data_parallel)
     return schedule
 
 
