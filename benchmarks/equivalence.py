@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.equivalence`` (``make equivalence``) writes docs/equivalence.md; with
 ``--schedules`` it trains some of the models under every pipeline schedule instead, and writes
-docs/schedules.md. Nothing stops at a failure: what failed, or could not be done and why, stands in the table. The exit code
-is 1 if a run was further from the plain model than its tolerance, or failed for a reason that is
-no limit of the model.
+docs/schedules.md. Nothing stops at a failure: what failed, or could not be done and why, stands in
+the table. The exit code is 1 if a run was further from the plain model than its tolerance, or
+failed for a reason that is no limit of the model.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -388,11 +389,14 @@ def _runner(
 def _prepare_data_parallel(
     module: nn.Module, config: EngineConfig, mesh: Mesh
 ) -> tuple[DataParallel, ...]:
-    """One per stage, and one for what several of them hold: it is complete when all are done."""
+    """One per stage, and one for what several of them hold: it is complete when all are done.
+
+    Collective over ``pp``.
+    """
     axis, size = mesh.replicas, mesh.size(mesh.replicas)
     device_mesh = mesh.device_mesh[axis] if mesh.device_mesh is not None and size > 1 else None
     group = mesh.group(axis) if size > 1 else None
-    shared = module.shared if isinstance(module, Chunks) else []
+    shared = _shared(module, mesh) if size > 1 else []
     stages = list(module.stages) if isinstance(module, Chunks) else [module]
     per_stage = [
         data_parallel(
@@ -404,6 +408,21 @@ def _prepare_data_parallel(
     trained = [p for p in shared if p.requires_grad]
     together = [Replicated(trained, group)] if group is not None and trained else []
     return (*per_stage, *together)
+
+
+def _shared(module: nn.Module, mesh: Mesh) -> list[nn.Parameter]:
+    """Parameters that several stages of one rank hold, or of any other pipeline rank.
+
+    All ranks keep them whole, whatever the mode: gradients of ties are summed part by part.
+    """
+    if mesh.size("pp") == 1:
+        return []
+    mine = set(module.shared) if isinstance(module, Chunks) else set()
+    held = [(name, tensor) for name, _, tensor in declared(module)]
+    names: list[set[str]] = [set()] * mesh.size("pp")
+    dist.all_gather_object(names, {n for n, t in held if t in mine}, group=mesh.group("pp"))
+    anywhere = set().union(*names)
+    return [t for n, t in held if n in anywhere and isinstance(t, nn.Parameter)]
 
 
 def gathered_units(stage: nn.Module) -> Iterator[nn.Module]:

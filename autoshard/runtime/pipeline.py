@@ -7,8 +7,10 @@ gradients are reduced (see :mod:`autoshard.runtime.data_parallel`).
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,12 +26,21 @@ from torch.distributed.pipelining.stage import _RecvInfo
 from autoshard.ir import TensorType
 from autoshard.lowering import Instruction, Lowered, lower
 from autoshard.runtime.local_stages import LocalStage
+from autoshard.runtime.mesh import wait_limit
 from autoshard.runtime.split_backward import LateWeights, backward_of_inputs
 from autoshard.schedule import Schedule
 
 _MAX_OPEN_SENDS = 2
 """Sends of one direction that may be under way; older ones are waited for, so that what they send
 can be freed. With two, a stage computes one micro-batch while the one before it is still sent."""
+
+
+# It logs the whole schedule at every error; the error itself says what failed and where.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
+
+
+class TransferError(RuntimeError):
+    """Another rank of the pipeline did not send or receive."""
 
 
 class GradientSync(Protocol):
@@ -125,6 +136,8 @@ class Pipeline:
                 )
                 for stage in self._stages:
                     stage.finish_sends()
+        except TransferError:
+            raise
         except RuntimeError as error:
             # The engine wraps whatever a stage raises; the cause is what a user can act on.
             if error.__cause__ is not None:
@@ -181,10 +194,12 @@ class _Stage(PipelineStage):
             input_args=_examples(stage.inputs) if stage.index else (),
             output_args=loss if is_last else _examples(stage.outputs),
         )  # fmt: skip
+        self._limit = wait_limit(group)
         self._recomputes = stage.recomputes
         self._sync = sync
         self._sends: dict[str, deque[dist.Work]] = {"F": deque(), "B": deque()}
         self._arguments: Sequence[Mapping[str, Any]] = ()
+        self._receives: dict[tuple[str, int], list[dist.Work]] = {}
         self._late: dict[int, LateWeights] = {}
         self._backwards_left = 0
         self._reduces_late = False
@@ -215,12 +230,50 @@ class _Stage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._allocate(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
+        return self._receive("F", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id))
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        if self.has_backward and not self.is_last:
-            self._allocate(self.grad_recv_info[bwd_chunk_id])
-        return super().get_bwd_recv_ops(bwd_chunk_id)
+        self._allocate(self.grad_recv_info[bwd_chunk_id])
+        return self._receive("B", bwd_chunk_id, super().get_bwd_recv_ops(bwd_chunk_id))
+
+    def _receive(
+        self, direction: str, micro_batch: int, operations: list[dist.P2POp]
+    ) -> list[dist.P2POp]:
+        what, stage = self._sender(direction, micro_batch)
+        with self._transfer(what, stage):
+            self._receives[direction, micro_batch] = [
+                operation.op(
+                    operation.tensor, group=operation.group, group_src=operation.group_peer
+                )
+                for operation in operations
+            ]
+        return []
+
+    def _await(self, direction: str, micro_batch: int) -> None:
+        """Until what another rank sends has come; nothing for a stage of this rank."""
+        what, stage = self._sender(direction, micro_batch)
+        for work in self._receives.pop((direction, micro_batch), ()):
+            with self._transfer(what, stage):
+                self._wait(work)
+
+    def _sender(self, direction: str, micro_batch: int) -> tuple[str, int]:
+        what, peer = ("activations", -1) if direction == "F" else ("gradients", 1)
+        return f"{what} of micro-batch {micro_batch} from", self.stage_index + peer
+
+    def _wait(self, work: dist.Work) -> None:
+        work.wait(self._limit) if self._limit else work.wait()
+
+    @contextlib.contextmanager
+    def _transfer(self, what: str, stage: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise TransferError(
+                f"stage {self.stage_index} on pipeline rank {self.group_rank} waited in vain for "
+                f"{what} stage {stage} on pipeline rank {self.stage_index_to_group_rank[stage]} "
+                f"({error}): that rank, or one that it waits for, has failed or hangs; see the "
+                "first error of the others"
+            ) from error
 
     def _allocate(self, infos: Sequence[_RecvInfo]) -> None:
         for info in infos:
@@ -241,29 +294,32 @@ class _Stage(PipelineStage):
         return self._send("B", super().get_bwd_send_ops(bwd_chunk_id))
 
     def _send(self, direction: str, operations: list[dist.P2POp]) -> list[dist.P2POp]:
-        sends = self._sends[direction]
-        for operation in operations:
-            sends.append(
-                operation.op(
-                    operation.tensor.contiguous(),
-                    group=operation.group,
-                    group_dst=operation.group_peer,
-                )
-            )
-        while len(sends) > _MAX_OPEN_SENDS * max(1, len(operations)):
-            sends.popleft().wait()
+        with self._transfer_from_here(direction):
+            for operation in operations:
+                tensor, peer = operation.tensor.contiguous(), operation.group_peer
+                work = operation.op(tensor, group=operation.group, group_dst=peer)
+                self._sends[direction].append(work)
+        self._wait_for_sends(direction, _MAX_OPEN_SENDS * max(1, len(operations)))
         return []
 
+    def _wait_for_sends(self, direction: str, but_for: int = 0) -> None:
+        while len(self._sends[direction]) > but_for:
+            with self._transfer_from_here(direction):
+                self._wait(self._sends[direction].popleft())
+
+    def _transfer_from_here(self, direction: str) -> contextlib.AbstractContextManager[None]:
+        return self._transfer("a transfer to", self.stage_index + (1 if direction == "F" else -1))
+
     def finish_sends(self) -> None:
-        for sends in self._sends.values():
-            while sends:
-                sends.popleft().wait()
+        for direction in self._sends:
+            self._wait_for_sends(direction)
 
     # Computation
 
     def forward_one_chunk(
         self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
     ) -> Any:
+        self._await("F", fwd_chunk_id)
         output = super().forward_one_chunk(
             fwd_chunk_id, args, dict(self._arguments[fwd_chunk_id]), save_forward_output
         )
@@ -288,6 +344,7 @@ class _Stage(PipelineStage):
         full_backward: bool = True,
         last_backward: Any = None,
     ) -> None:
+        self._await("B", bwd_chunk_id)
         if full_backward or self._recomputes:
             super().backward_one_chunk(bwd_chunk_id, loss=loss)
         else:
