@@ -23,6 +23,7 @@ from autoshard.plan.plan import Plan
 if TYPE_CHECKING:
     from autoshard.runtime.data import GlobalBatchSampler
     from autoshard.runtime.engine import Engine
+    from autoshard.runtime.local_stages import LocalStage
     from autoshard.runtime.mesh import Mesh
 
 OptimizerChoice = str | Callable[[list[nn.Parameter]], Optimizer]
@@ -103,25 +104,40 @@ class Parallel:
         from autoshard.runtime.engine import Engine, EngineConfig
         from autoshard.runtime.parameters import load_parameters
 
-        index = self.mesh.rank("pp")
-        spec = self.emitted.manifest["stages"][index]
         with mesh.using(self.mesh), launch.device():
-            stage = load_stage(self.emitted, index)(spec)
             tensors = self._initial_tensors()
             check_model_alike(tensors)
-            load_parameters(stage, tensors)
+            stages = [self._local_stage(index) for index in self._stage_indices]
+            for stage in stages:
+                load_parameters(stage.module, tensors)
         config = EngineConfig(
             batch=self.batch,
             standalone=self.plan.standalone,
             num_micro_batches=self.plan.num_micro_batches,
             schedule=self.plan.schedule,
             data_parallel=self.plan.data_parallel,
-            inputs=boundary_types(spec["inputs"]),
-            outputs=boundary_types(spec["outputs"]) if index < self.plan.mesh.pp - 1 else (),
             max_norm=self._clip_norm,
             seed=self.plan.seed,
         )
-        return Engine(stage, mesh=self.mesh, config=config, optimizer=self._optimizer)
+        return Engine(stages, mesh=self.mesh, config=config, optimizer=self._optimizer)
+
+    @property
+    def _stage_indices(self) -> list[int]:
+        """The stages of this rank, in the order of the model."""
+        return [k for k, home in enumerate(self.plan.homes) if home == self.mesh.rank("pp")]
+
+    def _local_stage(self, index: int) -> LocalStage:
+        from autoshard.runtime.local_stages import LocalStage
+
+        spec = self.emitted.manifest["stages"][index]
+        is_last = index == len(self.plan.stages) - 1
+        return LocalStage(
+            index=index,
+            module=load_stage(self.emitted, index)(spec),
+            inputs=boundary_types(spec["inputs"]),
+            outputs=() if is_last else boundary_types(spec["outputs"]),
+            recomputes=spec["recomputes"],
+        )
 
     @property
     def batch(self) -> tuple[Value, ...]:
@@ -161,7 +177,7 @@ class Parallel:
 
     @property
     def module(self) -> nn.Module:
-        """This rank's stage."""
+        """This rank's stage, or stages."""
         return self.engine.module
 
     @property

@@ -164,8 +164,13 @@ class ScheduledProblem:
         return choices, lacking
 
     def weight_s(self, choice: StageChoice) -> float:
-        """The part of a stage's backward that makes gradients of weights."""
+        """The part of a stage's backward that makes gradients of weights and can be put off."""
+        if self._recomputes(choice):
+            return 0.0
         return sum(k * self.work[r].seconds for (r, _), k in choice.counts.items())
+
+    def _recomputes(self, choice: StageChoice) -> bool:
+        return any(self.stages.runs[r].menu[e].recomputes for r, e in choice.counts)
 
     def _cuts(self, entry: int) -> list[Counts] | None:
         """Stages of equal length, as near as may be, if all segments had this entry."""
@@ -221,7 +226,12 @@ class ScheduledProblem:
         saved = [
             sum(k * runs[r].menu[e].saved_bytes for (r, e), k in c.counts.items()) for c in choices
         ]
-        kept = [sum(k * self.work[r].bytes_kept for (r, _), k in c.counts.items()) for c in choices]
+        kept = [
+            0.0
+            if self._recomputes(c)
+            else sum(k * self.work[r].bytes_kept for (r, _), k in c.counts.items())
+            for c in choices
+        ]
         held = held_at_peak(self.schedule, saved, kept)
         workspace = [
             max((runs[r].menu[e].workspace_bytes for r, e in c.counts), default=0.0)

@@ -10,7 +10,7 @@ from autoshard.errors import OptionError
 from autoshard.ir import Program
 from autoshard.options import DATA_PARALLEL, Constraints
 from autoshard.plan.plan import Mesh
-from autoshard.schedules import SCHEDULES, homes
+from autoshard.schedules import SCHEDULES, WITH_SPLIT_BACKWARD, homes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +137,7 @@ def configurations(
                         mesh=mesh, micro_batch_size=size,
                         num_micro_batches=local // size * standalone, standalone=standalone,
                         schedule=schedule, virtual_stages=constraints.virtual_stages or 1,
-                        data_parallel=_modes(mesh, constraints),
+                        data_parallel=_modes(mesh, constraints, schedule),
                     )
                 )  # fmt: skip
     if not found:
@@ -158,10 +158,12 @@ def _schedules(mesh: Mesh, constraints: Constraints) -> tuple[str, ...]:
     return ("1f1b",)
 
 
-def _modes(mesh: Mesh, constraints: Constraints) -> tuple[str, ...]:
+def _modes(mesh: Mesh, constraints: Constraints, schedule: str) -> tuple[str, ...]:
     if constraints.data_parallel is not None:
         return (constraints.data_parallel,)
-    return DATA_PARALLEL if mesh.replicas > 1 else ("ddp",)
+    if mesh.replicas == 1:
+        return ("ddp",)
+    return WITH_SPLIT_BACKWARD if SCHEDULES[schedule].splits else DATA_PARALLEL
 
 
 def _why_empty(

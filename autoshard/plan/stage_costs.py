@@ -114,6 +114,7 @@ class StageCosts:
             workspace_bytes=float(
                 layer.workspace_bytes + entry.peak_recompute_bytes + self.transient_bytes
             ),
+            recomputes=entry.mode != "none",
         )
 
     def _accumulate_s(self, layer: ClassCosts) -> float:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -69,6 +69,7 @@ def data_parallel(
     group: dist.ProcessGroup | None,
     mesh: DeviceMesh | None,
     units: Sequence[nn.Module] = (),
+    apart: Collection[nn.Parameter] = (),
 ) -> DataParallel:
     """Prepare a stage for data parallelism; afterwards its parameters are what they are at rest.
 
@@ -77,6 +78,7 @@ def data_parallel(
         mesh: the one-dimensional ``dp`` mesh (needed for the ZeRO modes).
         units: modules of the stage that are gathered one by one under ``zero3`` and reduced one by
             one under all ZeRO modes.
+        apart: parameters that stay whole and that someone else reduces.
 
     Raises:
         OptionError: for an unknown mode.
@@ -86,14 +88,15 @@ def data_parallel(
             f"expected data_parallel to be one of {', '.join(MODES)} but got {mode!r}; "
             "choose one of them"
         )
-    trainable = [p for p in stage.parameters() if p.requires_grad]
+    apart = set(apart)
+    trainable = [p for p in stage.parameters() if p.requires_grad and p not in apart]
     if size == 1 or not trainable:
         return Alone()
     if mode == "ddp":
         assert group is not None
         return Replicated(trainable, group)
     assert group is not None and mesh is not None
-    return Sharded(stage, mode=mode, group=group, mesh=mesh, units=units)
+    return Sharded(stage, mode=mode, group=group, mesh=mesh, units=units, apart=apart)
 
 
 class Alone:
@@ -233,10 +236,11 @@ class Sharded:
         group: dist.ProcessGroup,
         mesh: DeviceMesh,
         units: Sequence[nn.Module],
+        apart: Collection[nn.Parameter],
     ) -> None:
         self._mode = mode
-        not_shardable = _not_shardable([*units, stage])
-        whole = set(not_shardable)
+        not_shardable = [p for p in _not_shardable([*units, stage]) if p not in apart]
+        whole = {*not_shardable, *apart}
         for name in {type(module).__name__ for module in (*units, stage)}:
             # FSDP2 warns of outputs that are views; ops in place, its reason, are never emitted.
             warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \(FSDP{name}\)")

@@ -26,6 +26,7 @@ from autoshard.errors import CheckpointError, InternalError
 from autoshard.placement.state import local_size
 from autoshard.runtime.boxes import Piece, Place, Split, pieces, tp_shape
 from autoshard.runtime.collectives import all_gather_replicated, stack_over, sum_over
+from autoshard.runtime.local_stages import Chunks
 from autoshard.runtime.mesh import Mesh, current
 
 __all__ = [
@@ -191,7 +192,25 @@ class _Names:
 
 
 def declared(module: nn.Module) -> Iterator[tuple[str, Parameter, Tensor]]:
-    """Every declared parameter and buffer below ``module``: name, declaration, tensor."""
+    """Every declared parameter and buffer below ``module``: name, declaration, tensor.
+
+    What several stages of one rank hold comes once.
+
+    Raises:
+        InternalError: if two stages declare one name differently.
+    """
+    if isinstance(module, Chunks):
+        known: dict[str, Parameter] = {}
+        for stage in module.stages:
+            for name, declaration, tensor in declared(stage):
+                if known.get(name, declaration) != declaration:
+                    raise InternalError(
+                        f"stages of one rank declare {name!r} as {known[name]} and {declaration}"
+                    )
+                if name not in known:
+                    known[name] = declaration
+                    yield name, declaration, tensor
+        return
     for prefix, holder in module.named_modules():
         for leaf, declaration in holder.__dict__.get("_declarations", {}).items():
             table = holder._buffers if declaration.buffer else holder._parameters
