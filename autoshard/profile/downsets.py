@@ -5,8 +5,8 @@ PipeDream (Narayanan et al. 2019) names downsets by their antichains of last nod
 multiply their number, so those that cannot matter are left out:
 
 * **What never pays to cut.** If sending an activation takes longer than the best known answer, the
-  node and its consumers are on the same side: they are merged. The largest activation that may be
-  sent is the caller's ``limit_bytes``.
+  node and its consumers are on the same side: they are merged. What may be sent is the caller's
+  ``limit_bytes``. Nor need a downset be grown whose own compute is already too much (``most_s``).
 * **What costs nothing to take along.** A node without compute and parameters, whose output is no
   larger than the inputs that only it reads, joins a downset as soon as it can. That can only shrink
   what crosses a cut, keeps every stage's compute and parameters, and keeps inclusion between
@@ -43,6 +43,13 @@ class Graph:
     activation_bytes: Floats
     inputs: tuple[tuple[int, ...], ...]
     consumers: tuple[tuple[int, ...], ...]
+
+    def needed_s(self) -> Floats:
+        """Compute of each node and of all that it needs, [nodes]."""
+        needed = np.eye(len(self), dtype=bool)
+        for node, inputs in enumerate(self.inputs):
+            needed[node] |= needed[list(inputs)].any(axis=0)
+        return np.asarray(needed @ self.compute_s)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -92,33 +99,38 @@ def prefixes(graph: Graph) -> Bools:
     return np.tri(len(graph), dtype=bool)
 
 
-def downsets(graph: Graph, limit_bytes: float, most: int) -> Bools | None:
+def downsets(graph: Graph, limit_bytes: Floats, most_s: float, most: int) -> Bools | None:
     """All downsets but the empty one and those that need not be considered.
 
     Args:
-        limit_bytes: no single activation above this crosses a cut.
+        limit_bytes: per node, the largest activation that may cross a cut.
+        most_s: of compute in a downset, but for the whole.
 
     Returns:
-        [downsets, nodes], the whole among them; ``None`` if there are more than ``most``.
+        [downsets, nodes], the whole last; ``None`` if there are more than ``most``.
     """
     groups = _Groups(graph, limit_bytes)
-    start = groups.closed(0, range(len(groups.members)))
+    every = range(len(groups.members))
+    start = groups.closed(0, every)
     found = {start}
-    stack = [(start, groups.ready(start, range(len(groups.members))))]
+    stack = [(start, groups.ready(start, every), 0.0)]
     while stack:
-        done, ready = stack.pop()
+        done, ready, spent_s = stack.pop()
         for group in ready:
+            # Groups that join by themselves compute nothing.
+            now_s = spent_s + groups.compute_s[group]
             bigger = groups.closed(done | 1 << group, groups.after[group])
-            if bigger in found:
+            if now_s > most_s or bigger in found:
                 continue
             if len(found) >= most:
                 return None
             found.add(bigger)
             news = groups.ready(bigger, groups.reached(done, bigger))
-            stack.append((bigger, sorted({*(g for g in ready if not bigger >> g & 1), *news})))
-    found.discard(0)
-    chosen = _bits(list(found), len(groups.members))
-    return chosen[:, groups.of_node]
+            left = [g for g in ready if not bigger >> g & 1]
+            stack.append((bigger, list(dict.fromkeys([*left, *news])), now_s))
+    whole = (1 << len(groups.members)) - 1
+    found -= {0, whole}
+    return _bits([*found, whole], len(groups.members))[:, groups.of_node]
 
 
 def _bits(sets: Sequence[int], width: int) -> Bools:
@@ -135,20 +147,22 @@ class _Groups:
     Attributes:
         of_node: group of every node, [nodes].
         members: per group its nodes.
+        compute_s: per group.
         after: per group the groups that read it.
         eager: per group whether it joins as soon as it can.
     """
 
-    def __init__(self, graph: Graph, limit_bytes: float) -> None:
+    def __init__(self, graph: Graph, limit_bytes: Floats) -> None:
         both = nx.DiGraph()
         both.add_nodes_from(range(len(graph)))
         for node, consumers in enumerate(graph.consumers):
             both.add_edges_from((node, c) for c in consumers)
-            if graph.activation_bytes[node] > limit_bytes:
+            if graph.activation_bytes[node] > limit_bytes[node]:
                 both.add_edges_from((c, node) for c in consumers)
         # Where consumers pull a node along, what lies on a path between them comes along, too:
         # that is a strongly connected component.
         self.members = sorted(sorted(c) for c in nx.strongly_connected_components(both))
+        self.compute_s = [float(graph.compute_s[nodes].sum()) for nodes in self.members]
         self.of_node = np.empty(len(graph), dtype=np.intp)
         for group, nodes in enumerate(self.members):
             self.of_node[nodes] = group

@@ -30,11 +30,13 @@ from autoshard.errors import OptionError
 from autoshard.profile.downsets import Bools, Floats, Graph, downsets, prefixes
 from autoshard.profile.pipedream import Profile, read_pipedream
 
-_MOST_FOUND = 40_000
-"""Downsets that are listed: about a second."""
-_MOST_TRIED = 40_000
-"""Downsets times machines in one dynamic program: about a second."""
+_MOST_FOUND = 20_000
+"""Downsets that are listed: half a second."""
+_MOST_TRIED = 16_000
+"""Downsets times machines in one dynamic program: less than a second."""
 _MOST_ROUNDS = 3
+_ROUNDING = 1e-9
+"""Relative; what is pruned is worse by more than this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +158,15 @@ class _Problem:
         order = np.argsort(self.graph.crossing_bytes(members), kind="stable")
         return members[np.sort(order[:most])]
 
-    def sent_in(self, seconds: float) -> float:
-        """The most bytes that may cross a cut if no stage is to take longer."""
-        return seconds * self.bandwidth * (self.machines - 1) / 2
+    def _sent_bytes(self, before_s: Floats, seconds: float) -> Floats:
+        """The most that may cross a cut if no stage is to take longer than ``seconds``.
+
+        Args:
+            before_s: compute ahead of the cut, which takes some machines; at most the others
+                receive.
+        """
+        machines = np.maximum(1.0, np.ceil(before_s / seconds - _ROUNDING))
+        return (self.machines - machines) * seconds * self.bandwidth / 2 * (1 + _ROUNDING)
 
     def _cuts(self, seconds: float) -> tuple[Bools, bool]:
         """Downsets between stages of a split that takes no more than ``seconds``.
@@ -166,25 +174,25 @@ class _Problem:
         Returns:
             As many as can be tried, and whether these are all.
         """
-        limit = self.sent_in(seconds)
-        members = self._listed(limit, seconds)
+        limits = self._sent_bytes(self.graph.needed_s(), seconds)
+        members = self._listed(limits, seconds, _MOST_FOUND)
         if members is not None:
             return members, True
         sizes = np.unique(self.graph.activation_bytes)
-        sizes = sizes[sizes < limit]
         low, high = 0, len(sizes)  # the largest limit with few enough downsets, by bisection
         best = np.ones((1, len(self.graph)), dtype=bool)
         while low < high:
             middle = (low + high) // 2
-            members = self._listed(float(sizes[middle]), seconds)
+            members = self._listed(np.minimum(limits, sizes[middle]), seconds, self._most_cuts())
             if members is None:
                 high = middle
             else:
                 best, low = members, middle + 1
         return best, False
 
-    def _listed(self, limit: float, seconds: float) -> Bools | None:
-        members = downsets(self.graph, limit, _MOST_FOUND)
+    def _listed(self, limits: Floats, seconds: float, most: int) -> Bools | None:
+        most_s = (self.machines - 1) * seconds * (1 + _ROUNDING)
+        members = downsets(self.graph, limits, most_s, most)
         if members is None:
             return None
         members = members[self._useful(members, seconds)]
@@ -193,14 +201,12 @@ class _Problem:
     def _useful(self, members: Bools, seconds: float) -> Bools:
         """Which downsets a split of at most so many seconds may have: what crosses is in time, and
         so are both sides on some division of the machines."""
-        rounding = 1 + 1e-12
         before_s = members @ self.graph.compute_s
-        fewest = np.maximum(1.0, np.ceil(before_s / (seconds * rounding)))
-        rest_s = self.total_s - before_s
-        fits = rest_s <= (self.machines - fewest) * seconds * rounding
-        crossing = self.graph.crossing_bytes(members)
-        useful: Bools = fits & (crossing <= self.sent_in(seconds) * rounding)
-        return useful | members.all(axis=1)
+        fewest = np.maximum(1.0, np.ceil(before_s / seconds - _ROUNDING))
+        fits = self.total_s - before_s <= (self.machines - fewest + _ROUNDING) * seconds
+        sent = self.graph.crossing_bytes(members) <= self._sent_bytes(before_s, seconds)
+        useful: Bools = (fits & sent) | members.all(axis=1)
+        return useful
 
     def best_chain(self, members: Bools) -> _Chain:
         """The best split whose cuts are among these downsets, exactly.
