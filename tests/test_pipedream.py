@@ -195,7 +195,7 @@ def test_reads_the_format(tmp_path) -> None:
         (SMALL.replace("c -- Lin", "b -- Lin"), "line 3: expected every node once but b"),
         (SMALL.replace("\ta -- b", "\ta - b"), "line 4: expected an edge SOURCE -- TARGET"),
         (SMALL.replace("\ta -- b", "\ta -- z"), "line 4: .* but z is none"),
-        (SMALL.replace("\ta -- b", "a -- b"), "line 4: expected .* or an edge, after a tab"),
+        (SMALL.replace("\ta -- b", "a -- b"), r"line 4: expected .* \(or an edge, after a tab"),
         (SMALL + "\tc -- b\n", "without cycles but got (b -> c -> b|c -> b -> c)"),
         (SMALL + "\tc -- c\n", "without cycles but got c -> c"),
     ],

@@ -15,6 +15,7 @@ multiply their number, so those that cannot matter are left out:
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -94,9 +95,36 @@ def _is_input(node: ProfileNode) -> bool:
     return node.module.startswith("Input")
 
 
-def prefixes(graph: Graph) -> Bools:
-    """The downsets that one topological order goes through, the whole last: [nodes, nodes]."""
-    return np.tri(len(graph), dtype=bool)
+def prefixes(graph: Graph, orders: int) -> Bools:
+    """The downsets that some topological orders go through: the graph's own, and random ones.
+
+    Returns:
+        [downsets, nodes], each once, but for the empty one.
+    """
+    rng = random.Random(0)
+    found = [np.tri(len(graph), dtype=bool)]
+    for _ in range(orders - 1):
+        rank = np.empty(len(graph), dtype=np.intp)
+        rank[_random_order(graph, rng)] = np.arange(len(graph))
+        found.append(rank[None, :] <= np.arange(len(graph))[:, None])
+    members = np.concatenate(found)
+    packed = np.packbits(members, axis=1)
+    first = {row.tobytes(): i for i, row in reversed(list(enumerate(packed)))}
+    return members[sorted(first.values())]
+
+
+def _random_order(graph: Graph, rng: random.Random) -> list[int]:
+    waits = [len(inputs) for inputs in graph.inputs]
+    ready = [node for node, count in enumerate(waits) if not count]
+    order = []
+    while ready:
+        node = ready.pop(rng.randrange(len(ready)))
+        order.append(node)
+        for consumer in graph.consumers[node]:
+            waits[consumer] -= 1
+            if not waits[consumer]:
+                ready.append(consumer)
+    return order
 
 
 def downsets(graph: Graph, limit_bytes: Floats, most_s: float, most: int) -> Bools | None:
@@ -210,5 +238,7 @@ def _joins(graph: Graph, node: int) -> bool:
     if graph.compute_s[node] or graph.parameter_bytes[node]:
         return False
     own = graph.activation_bytes[node] if graph.consumers[node] else 0.0
-    freed = sum(graph.activation_bytes[i] for i in graph.inputs[node] if graph.consumers[i] == (node,))
+    freed = sum(
+        graph.activation_bytes[i] for i in graph.inputs[node] if graph.consumers[i] == (node,)
+    )
     return bool(own <= freed)

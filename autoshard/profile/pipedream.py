@@ -108,9 +108,7 @@ def _edge(line: str, where: str) -> tuple[str, str]:
 def _node(line: str, where: str) -> ProfileNode:
     parts = [part.strip() for part in line.split(" -- ")]
     if len(parts) not in (3, 4) or not parts[0]:
-        raise OptionError(
-            f"{where}: expected {_NODE!r} (or an edge, after a tab) but got {line!r}"
-        )
+        raise OptionError(f"{where}: expected {_NODE!r} (or an edge, after a tab) but got {line!r}")
     found = dict(_FIGURE.findall(parts[2]))
     if set(found) != set(_FIGURES):
         raise OptionError(

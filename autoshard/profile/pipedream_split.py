@@ -12,8 +12,8 @@ activations ``A`` and ``Z`` bytes that cross its first and last cut takes the la
 (what leaves stage 0 is charged to stage 1). Replicas need not be equal, and machines may be left
 idle. A cut is a downset of the graph and may go through parallel branches. With all downsets that
 can matter (:mod:`autoshard.profile.downsets`) the best split is exact, by dynamic programming over
-(downset, machines used). Where a graph has too many of them, large activations are kept together
-first, and the answer says that it was not proven.
+(downset, machines used). Where a graph has too many of them, large activations are kept together,
+the prefixes of random topological orders are tried, too, and the answer says that it is not proven.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _MOST_FOUND = 20_000
 _MOST_TRIED = 16_000
 """Downsets times machines in one dynamic program: less than a second."""
 _MOST_ROUNDS = 3
+_MOST_PREFIXES = 16_000
+"""Of random topological orders, tried where not all downsets can be."""
 _ROUNDING = 1e-9
 """Relative; what is pruned is worse by more than this."""
 
@@ -132,7 +134,7 @@ class _Problem:
 
     def solve(self) -> tuple[_Chain, bool]:
         """The best split found, and whether it is proven to be the best."""
-        incumbent = self.best_chain(self._thinned(prefixes(self.graph)))
+        incumbent = self.best_chain(self._thinned(prefixes(self.graph, 1)))
         if self.machines == 1 or incumbent.seconds <= self.balance_s:
             return incumbent, True
         for _ in range(_MOST_ROUNDS):
@@ -145,18 +147,20 @@ class _Problem:
                 return incumbent, True
             if incumbent.seconds == before:
                 break
-        return incumbent, False
+        members = prefixes(self.graph, max(2, _MOST_PREFIXES // len(self.graph)))
+        members = members[self._useful(members, incumbent.seconds)]
+        chain = self.best_chain(self._thinned(members))
+        return min(incumbent, chain, key=lambda c: c.seconds), False
 
     def _most_cuts(self) -> int:
         return max(2, _MOST_TRIED // self.machines)
 
     def _thinned(self, members: Bools) -> Bools:
         """Those with the least to send, and the whole, if there are too many to try."""
-        most = self._most_cuts()
-        if len(members) <= most:
-            return members
         order = np.argsort(self.graph.crossing_bytes(members), kind="stable")
-        return members[np.sort(order[:most])]
+        kept = np.zeros(len(members), dtype=bool)
+        kept[order[: self._most_cuts()]] = True
+        return members[kept | members.all(axis=1)]
 
     def _sent_bytes(self, before_s: Floats, seconds: float) -> Floats:
         """The most that may cross a cut if no stage is to take longer than ``seconds``.
