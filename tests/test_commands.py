@@ -38,6 +38,7 @@ FLAGS = {
     "plan": {"--world-size", "--compare", "--save", "--force", "--json", *MODEL, *PLANNING},
     "show": {"plan", "--explain", "--json"},
     "diff": {"plan", "other"},
+    "trace": {"plan", "--out", "--measured", "--force"},
     "profile": {"path", "--processes", "--name", "--force"},
     "emit": {"plan", "--out", "--force", *MODEL},
     "train": {
@@ -50,6 +51,7 @@ FLAGS = {
         "--save",
         "--save-every",
         "--max-restarts",
+        "--trace",
         "--json",
         *MODEL,
         *PLANNING,

@@ -225,14 +225,19 @@ class _Problem:
         return table.chain()
 
     def stage_s(
-        self, compute_s: Floats, parameter_bytes: Floats, entering: Floats, leaving: float,
+        self,
+        compute_s: Floats | float,
+        parameter_bytes: Floats | float,
+        entering: Floats | float,
+        leaving: float,
         replicas: int,
-    ) -> Floats:  # fmt: skip
+    ) -> Floats:
         """The objective of the module's docstring for stages of several beginnings."""
         moved = replicas * self.bandwidth
         sync_s = 4 * (replicas - 1) * parameter_bytes / moved
         own_s = (compute_s + sync_s) / replicas
-        return np.maximum(np.maximum(own_s, 2 * entering / moved), 2 * leaving / moved)
+        moved_s = np.maximum(2 * entering / moved, 2 * leaving / moved)
+        return np.asarray(np.maximum(own_s, moved_s))
 
 
 class _Table:
@@ -256,7 +261,7 @@ class _Table:
         problem, machines = self._problem, self._problem.machines
         compute_s, parameter_bytes = self._compute_s[end], self._parameter_bytes[end]
         for r in range(1, machines + 1):
-            alone = problem.stage_s(compute_s, parameter_bytes, np.float64(0), 0.0, r)
+            alone = problem.stage_s(compute_s, parameter_bytes, 0.0, 0.0, r)
             self._best_s[end, r], self._replicas[end, r] = alone, r
         starts = np.flatnonzero(~(self._words[:end] & ~self._words[end]).any(axis=1))
         if not len(starts):
@@ -310,9 +315,7 @@ def _described(
         inside = after & ~before
         compute, parameters = inside @ graph.compute_s, inside @ graph.parameter_bytes
         leaving = crossing[i + 1] if i else 0.0
-        time_s = problem.stage_s(
-            compute, parameters, np.float64(crossing[i]), leaving, chain.replicas[i]
-        )
+        time_s = problem.stage_s(compute, parameters, crossing[i], leaving, chain.replicas[i])
         stages.append(
             ProfileStage(
                 nodes=tuple(profile.nodes[n].name for n in np.flatnonzero(inside)),

@@ -27,6 +27,7 @@ from torch.distributed.pipelining.schedules import (
 from torch.distributed.pipelining.stage import _RecvInfo
 
 from autoshard.ir import TensorType
+from autoshard.runtime import recorder
 from autoshard.schedule import Schedule, dry_run
 
 _MAX_OPEN_SENDS = 2
@@ -66,10 +67,12 @@ class SingleStage:
         losses = []
         with torch.set_grad_enabled(train):
             for index, arguments in enumerate(micro_batches):
-                loss: Tensor = self._stage(**arguments)
+                with recorder.span("F", 0, index):
+                    loss: Tensor = self._stage(**arguments)
                 if train:
                     self._sync.before_backward(last=index == len(micro_batches) - 1)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    with recorder.span("B", 0, index):
+                        loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
         return losses
 
@@ -204,12 +207,20 @@ class _Stage(PipelineStage):
     # Sends: torch holds all of a step's until its end.
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send("F", super().get_fwd_send_ops(fwd_chunk_id))
+        return self._send("F", fwd_chunk_id, super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send("B", super().get_bwd_send_ops(bwd_chunk_id))
+        return self._send("B", bwd_chunk_id, super().get_bwd_send_ops(bwd_chunk_id))
 
-    def _send(self, direction: str, operations: list[dist.P2POp]) -> list[dist.P2POp]:
+    def _send(
+        self, direction: str, micro_batch: int, operations: list[dist.P2POp]
+    ) -> list[dist.P2POp]:
+        if operations:
+            with recorder.span("send", self.stage_index, micro_batch):
+                self._start_sends(direction, operations)
+        return []
+
+    def _start_sends(self, direction: str, operations: list[dist.P2POp]) -> None:
         sends = self._sends[direction]
         for operation in operations:
             sends.append(
@@ -219,9 +230,8 @@ class _Stage(PipelineStage):
                     group_dst=operation.group_peer,
                 )
             )
-        while len(sends) > _MAX_OPEN_SENDS * max(1, len(operations)):
+        while len(sends) > _MAX_OPEN_SENDS * len(operations):
             sends.popleft().wait()
-        return []
 
     def finish_sends(self) -> None:
         for sends in self._sends.values():
@@ -231,7 +241,8 @@ class _Stage(PipelineStage):
     # Computation
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        with recorder.span("F", self.stage_index, fwd_chunk_id):
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         if not self.is_first:
             self._release(self.args_recv_info[fwd_chunk_id])
         return output
@@ -240,7 +251,8 @@ class _Stage(PipelineStage):
         if not self.has_backward:
             self.fwd_cache.pop(bwd_chunk_id, None)  # evaluation: nothing needs it any more
             return
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        with recorder.span("B", self.stage_index, bwd_chunk_id):
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         if not self.is_last:
             self._release(self.grad_recv_info[bwd_chunk_id])
 
