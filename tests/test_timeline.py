@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from autoshard.timeline import Span, Timeline
 def test_prediction_is_the_schedule_on_the_clock() -> None:
     """Two stages and four micro-batches of 1.25 + 3.5 ms: GPipe's and 1F1B's (m + p - 1)(f + b)."""
     plan = small_plan()
+    plan = replace(plan, prediction=replace(plan.prediction, step_s=0.03))
     timeline = predicted_timeline(plan)
     assert timeline.lanes == ("pipeline rank 0", "pipeline rank 1")
     schedule = by_name("1f1b", 2, 4)
@@ -33,7 +35,7 @@ def test_prediction_is_the_schedule_on_the_clock() -> None:
         own = [s for s in timeline.spans if s.lane == lane]
         computed = [s for s in own if s.kind in "FB"]
         assert [s.label for s in computed] == [str(a) for a in actions]
-        assert all(a.end_s <= b.start_s + 1e-12 for a, b in zip(computed, computed[1:]))
+        assert all(a.end_s <= b.start_s + 1e-12 for a, b in pairwise(computed))
         # Reduction as long as it is exposed, then the optimizer.
         (reduced,), (stepped,) = ([s for s in own if s.kind == k] for k in ("reduce", "step"))
         assert reduced.start_s == computed[-1].end_s and stepped.start_s == reduced.end_s
@@ -49,7 +51,7 @@ def test_prediction_is_the_schedule_on_the_clock() -> None:
 
 
 def test_split_backward_and_several_stages_per_rank() -> None:
-    plan = replace(small_plan(), schedule="zbv", virtual_stages=2)
+    plan = replace(small_plan(), schedule="zb-v", virtual_stages=2)
     plan = replace(plan, stages=plan.stages * 2)
     timeline = predicted_timeline(plan)
     found = Counter((s.lane, s.kind) for s in timeline.spans)

@@ -48,6 +48,7 @@ def chart(timelines: Sequence[Timeline], file_format: str) -> bytes:
     for axes, timeline in zip(every[:, 0], timelines, strict=True):
         _draw(axes, timeline)
     every[-1, 0].set_xlabel("ms")
+    every[-1, 0].set_xlim(left=0)
     _legend(figure, timelines)
     file = io.BytesIO()
     figure.savefig(file, format=file_format, dpi=120)
