@@ -526,9 +526,11 @@ def test_train_goes_on_after_a_kill(config: str, book: Path, tmp_path: Path) -> 
     assert main(["plan", *common, "--global-batch-size", "4", "--save", planned, "--json"]) == 0
     train = ["train", *common, "--text", str(book), "--learning-rate", "1e-2", "--json"]
     train += ["--plan", planned]
-    whole = steps_of(run([*train, "--steps", "8"]))
+    trace = tmp_path / "trace.json"
+    whole = steps_of(run([*train, "--steps", "8", "--trace", str(trace)]))
     assert list(whole) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert whole[8] < whole[1]
+    assert main(["trace", planned, "--measured", str(trace), "--out", f"{tmp_path}/step.svg"]) == 0
 
     first = steps_of(run([*train, "--steps", "2", "--save", saved, "--save-every", "1"]))
     assert first == {step: whole[step] for step in (1, 2)}
@@ -573,6 +575,7 @@ def test_train_outside_torchrun_needs_a_world_size(
         (["--steps", "0"], "--steps expects a positive number but got 0"),
         (["--learning-rate", "-1"], "--learning-rate expects a positive number"),
         (["--save-every", "2"], "--save-every needs --save"),
+        (["--trace", "none/trace.json"], "--trace expects a file in a folder that exists"),
         (["--plan", "plan.json", "--pin", "tp=1"], "--plan has every choice made"),
         (["--world-size", "0"], "integer of at least 1"),
     ],
