@@ -288,7 +288,7 @@ def _check_ends(lowered: Lowered, homes: Sequence[int]) -> None:
             return _other_end(i) in posted
         received = {"F": "RECV_F", "B": "RECV_B", "I": "RECV_B"}.get(i.what)
         needed = Instruction(i.stage, cast(What, received), i.micro_batch) if received else None
-        return needed not in posted or _other_end(cast(Instruction, needed)) in sent
+        return needed is None or needed not in posted or _other_end(needed) in sent
 
     moved = True
     while moved:

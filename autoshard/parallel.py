@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autoshard.runtime.engine import Engine
     from autoshard.runtime.local_stages import LocalStage
     from autoshard.runtime.mesh import Mesh
+    from autoshard.timeline import Timeline
 
 OptimizerChoice = str | Callable[[list[nn.Parameter]], Optimizer]
 
@@ -224,6 +225,24 @@ class Parallel:
             OptionError: a batch of the wrong size, names, shapes or dtypes.
         """
         return self.engine.step(batch)
+
+    def trace(self, batch: Mapping[str, Tensor] | tuple[Tensor, ...]) -> tuple[float, Timeline]:
+        """One training step, as :meth:`step` does it, and what every rank did when.
+
+        Clocks are set to zero at a barrier. On a GPU every part of the step waits for the device,
+        so it takes longer than usual.
+
+        Returns:
+            The loss, and the measured timeline of all ranks, the same on every rank.
+        """
+        from autoshard.runtime import recorder
+
+        engine, mesh = self.engine, self.mesh
+        with recorder.recording(engine.device) as recorded:
+            loss = engine.step(batch)
+        place = " ".join(f"{a}={mesh.rank(a)}" for a in mesh.axes if mesh.size(a) > 1)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return loss, recorder.gathered(recorded, f"rank {rank}" + (f" ({place})" if place else ""))
 
     def evaluate(self, batch: Mapping[str, Tensor] | tuple[Tensor, ...]) -> float:
         """The loss of a global batch in evaluation mode, the same on every rank.

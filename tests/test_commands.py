@@ -38,6 +38,7 @@ FLAGS = {
     "plan": {"--world-size", "--compare", "--save", "--force", "--json", *MODEL, *PLANNING},
     "show": {"plan", "--explain", "--json"},
     "diff": {"plan", "other"},
+    "trace": {"plan", "--out", "--measured", "--force"},
     "profile": {"path", "--processes", "--name", "--force"},
     "emit": {"plan", "--out", "--force", *MODEL},
     "train": {
@@ -50,6 +51,7 @@ FLAGS = {
         "--save",
         "--save-every",
         "--max-restarts",
+        "--trace",
         "--json",
         *MODEL,
         *PLANNING,
@@ -528,9 +530,11 @@ def test_train_goes_on_after_a_kill(config: str, book: Path, tmp_path: Path) -> 
     assert main(["plan", *common, "--global-batch-size", "4", "--save", planned, "--json"]) == 0
     train = ["train", *common, "--text", str(book), "--learning-rate", "1e-2", "--json"]
     train += ["--plan", planned]
-    whole = steps_of(run([*train, "--steps", str(LAST)]))
+    trace = tmp_path / "trace.json"
+    whole = steps_of(run([*train, "--steps", str(LAST), "--trace", str(trace)]))
     assert list(whole) == list(range(1, LAST + 1))
     assert whole[LAST] < whole[1]
+    assert main(["trace", planned, "--measured", str(trace), "--out", f"{tmp_path}/step.svg"]) == 0
 
     first = steps_of(run([*train, "--steps", "2", "--save", saved, "--save-every", "1"]))
     assert first == {step: whole[step] for step in (1, 2)}
@@ -575,6 +579,7 @@ def test_train_outside_torchrun_needs_a_world_size(
         (["--steps", "0"], "--steps expects a positive number but got 0"),
         (["--learning-rate", "-1"], "--learning-rate expects a positive number"),
         (["--save-every", "2"], "--save-every needs --save"),
+        (["--trace", "none/trace.json"], "--trace expects a file in a folder that exists"),
         (["--plan", "plan.json", "--pin", "tp=1"], "--plan has every choice made"),
         (["--world-size", "0"], "integer of at least 1"),
     ],

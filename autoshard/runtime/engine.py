@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autoshard.errors import InternalError, OptionError
 from autoshard.ir import TensorType, Value
-from autoshard.runtime import data, launch
+from autoshard.runtime import data, launch, recorder
 from autoshard.runtime import mesh as meshes
 from autoshard.runtime import optimizer as optimizers
 from autoshard.runtime.agreement import fingerprint
@@ -160,10 +160,12 @@ class Engine:
                 self.module.train()
             self.zero_grad()
             losses = self._run(local_batch, train=True)
-            self._reduce_gradients()
-            if self.max_norm is not None:
-                self.clip_gradients(self.max_norm)
-            self._update()
+            with recorder.span("reduce"):
+                self._reduce_gradients()
+            with recorder.span("step"):
+                if self.max_norm is not None:
+                    self.clip_gradients(self.max_norm)
+                self._update()
             return self._global_loss(losses)
 
     def evaluate(self, local_batch: object) -> float:

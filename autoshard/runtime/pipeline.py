@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from torch.distributed.pipelining.stage import _RecvInfo
 
 from autoshard.ir import TensorType
 from autoshard.lowering import Instruction, Lowered, lower
+from autoshard.runtime import recorder
 from autoshard.runtime.local_stages import LocalStage
 from autoshard.runtime.mesh import wait_limit
 from autoshard.runtime.split_backward import LateWeights, backward_of_inputs
@@ -77,10 +78,12 @@ class SingleStage:
         losses = []
         with torch.set_grad_enabled(train):
             for index, keywords in enumerate(micro_batches):
-                loss: Tensor = self._stage(**keywords)
+                with recorder.span("F", 0, index):
+                    loss: Tensor = self._stage(**keywords)
                 if train:
                     self._sync.before_backward(last=index == len(micro_batches) - 1)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    with recorder.span("B", 0, index):
+                        loss.backward()  # type: ignore[no-untyped-call]
                 losses.append(loss.detach())
         return losses
 
@@ -117,7 +120,9 @@ class Pipeline:
         )
         self._training = _as_torch_has_it(lower(schedule, reduces=reduces))
         self._evaluation = _as_torch_has_it(lower(schedule, trains=False))
-        self._runtime._prepare_schedule_with_comms(self._training, format="compute_comms")
+        self._runtime._prepare_schedule_with_comms(
+            cast(Any, self._training), format="compute_comms"
+        )
         # Data parallelism gathers parameters itself, module by module, when they are used.
         self._runtime.unsharded_stages = {stage.index for stage in stages}
 
@@ -151,10 +156,11 @@ _NOT_IN_TORCH = frozenset({"GATHER", "STEP"})
 """Parameters gather themselves when they are used, and the engine steps after the schedule."""
 
 
-def _as_torch_has_it(lowered: Lowered) -> dict[int, list[_Action | None]]:
+def _as_torch_has_it(lowered: Lowered) -> dict[int, list[_Action]]:
     def action(i: Instruction) -> _Action:
         number = "" if i.micro_batch is None else i.micro_batch
-        return _Action.from_str(f"{i.stage}{_TORCH_NAMES.get(i.what, i.what)}{number}")
+        text = f"{i.stage}{_TORCH_NAMES.get(i.what, i.what)}{number}"
+        return cast(_Action, _Action.from_str(text))
 
     return {
         rank: [action(i) for i in instructions if i.what not in _NOT_IN_TORCH]
@@ -288,19 +294,26 @@ class _Stage(PipelineStage):
     # Sends: torch holds all of a step's until its end.
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send("F", super().get_fwd_send_ops(fwd_chunk_id))
+        return self._send("F", fwd_chunk_id, super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send("B", super().get_bwd_send_ops(bwd_chunk_id))
+        return self._send("B", bwd_chunk_id, super().get_bwd_send_ops(bwd_chunk_id))
 
-    def _send(self, direction: str, operations: list[dist.P2POp]) -> list[dist.P2POp]:
+    def _send(
+        self, direction: str, micro_batch: int, operations: list[dist.P2POp]
+    ) -> list[dist.P2POp]:
+        if operations:
+            with recorder.span("send", self.stage_index, micro_batch):
+                self._start_sends(direction, operations)
+        return []
+
+    def _start_sends(self, direction: str, operations: list[dist.P2POp]) -> None:
         with self._transfer_from_here(direction):
             for operation in operations:
                 tensor, peer = operation.tensor.contiguous(), operation.group_peer
                 work = operation.op(tensor, group=operation.group, group_dst=peer)
                 self._sends[direction].append(work)
-        self._wait_for_sends(direction, _MAX_OPEN_SENDS * max(1, len(operations)))
-        return []
+        self._wait_for_sends(direction, _MAX_OPEN_SENDS * len(operations))
 
     def _wait_for_sends(self, direction: str, but_for: int = 0) -> None:
         while len(self._sends[direction]) > but_for:
@@ -320,9 +333,10 @@ class _Stage(PipelineStage):
         self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
     ) -> Any:
         self._await("F", fwd_chunk_id)
-        output = super().forward_one_chunk(
-            fwd_chunk_id, args, dict(self._arguments[fwd_chunk_id]), save_forward_output
-        )
+        with recorder.span("F", self.stage_index, fwd_chunk_id):
+            output = super().forward_one_chunk(
+                fwd_chunk_id, args, dict(self._arguments[fwd_chunk_id]), save_forward_output
+            )
         if not self.is_first:
             self._release(self.args_recv_info[fwd_chunk_id])
         return output
@@ -345,10 +359,11 @@ class _Stage(PipelineStage):
         last_backward: Any = None,
     ) -> None:
         self._await("B", bwd_chunk_id)
-        if full_backward or self._recomputes:
-            super().backward_one_chunk(bwd_chunk_id, loss=loss)
-        else:
-            self._backward_of_inputs(bwd_chunk_id, loss)
+        with recorder.span("B" if full_backward else "I", self.stage_index, bwd_chunk_id):
+            if full_backward or self._recomputes:
+                super().backward_one_chunk(bwd_chunk_id, loss=loss)
+            else:
+                self._backward_of_inputs(bwd_chunk_id, loss)
         if not self.is_last:
             self._release(self.grad_recv_info[bwd_chunk_id])
 
@@ -386,7 +401,8 @@ class _Stage(PipelineStage):
         self._backwards_left -= 1
         self._reduces_late = isinstance(self.submod, FSDPModule)
         self._sync.before_backward(last=not self._backwards_left and not self._reduces_late)
-        late.run()
+        with recorder.span("W", self.stage_index, bwd_chunk_id):
+            late.run()
 
     def _post_metadata_inference_cleanup(self) -> None:
         """Nothing: static metadata ran no stage (and torch would drop the gradients)."""
