@@ -117,7 +117,10 @@ class Pipeline:
         )
         self._training = _as_torch_has_it(lower(schedule, reduces=reduces))
         self._evaluation = _as_torch_has_it(lower(schedule, trains=False))
-        self._runtime._prepare_schedule_with_comms(self._training, format="compute_comms")
+        self._runtime._prepare_schedule_with_comms(
+            {rank: list(actions) for rank, actions in self._training.items()},
+            format="compute_comms",
+        )
         # Data parallelism gathers parameters itself, module by module, when they are used.
         self._runtime.unsharded_stages = {stage.index for stage in stages}
 
@@ -151,10 +154,11 @@ _NOT_IN_TORCH = frozenset({"GATHER", "STEP"})
 """Parameters gather themselves when they are used, and the engine steps after the schedule."""
 
 
-def _as_torch_has_it(lowered: Lowered) -> dict[int, list[_Action | None]]:
+def _as_torch_has_it(lowered: Lowered) -> dict[int, list[_Action]]:
     def action(i: Instruction) -> _Action:
         number = "" if i.micro_batch is None else i.micro_batch
-        return _Action.from_str(f"{i.stage}{_TORCH_NAMES.get(i.what, i.what)}{number}")
+        found: _Action = _Action.from_str(f"{i.stage}{_TORCH_NAMES.get(i.what, i.what)}{number}")
+        return found
 
     return {
         rank: [action(i) for i in instructions if i.what not in _NOT_IN_TORCH]
