@@ -20,7 +20,7 @@ def test_text_of_1f1b() -> None:
     lowered = lower(by_name("1f1b", 2, 2), gathers=True, reduces=True)
     assert str(lowered) == (
         "0GATHER 0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1 0REDUCE 0STEP\n"
-        "1RECV_F0 1GATHER 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1B1 1SEND_B1 1REDUCE 1STEP"
+        "1RECV_F0 1RECV_F1 1GATHER 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1 1REDUCE 1STEP"
     )
 
 
@@ -75,7 +75,8 @@ def test_a_list_by_hand() -> None:
         ([GOOD[0], GOOD[1].replace("1RECV_F0 1F0 1RECV_F1", "1RECV_F1 1RECV_F0 1F0")],
          "in the order of its sends, 1RECV_F0 next, but got 1RECV_F1"),
         ([GOOD[0].replace("0RECV_B1 ", ""), GOOD[1]], "expected 0RECV_B1 before 0B1 on rank 0"),
-        ([GOOD[0].replace("0F0 0SEND_F0", "0SEND_F0 0F0"), GOOD[1]], "expected 0F0 before 0SEND_F0"),
+        ([GOOD[0].replace("0F0 0SEND_F0", "0SEND_F0 0F0"), GOOD[1]],
+         "expected 0F0 before 0SEND_F0"),
         ([GOOD[0].replace(" 0SEND_F1", ""), GOOD[1]], "as many receives on rank 1 .* 1, but got 2"),
         ([GOOD[0].replace("0RECV_B0 0B0 0RECV_B1", "0RECV_B0 0RECV_B1 0B0"),
           GOOD[1].replace("1SEND_B0 1B1 1SEND_B1", "1B1 1SEND_B1 1SEND_B0")],
@@ -92,7 +93,7 @@ def test_what_is_refused(ranks: list[str], words: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0F", "0REDUCE3", "0SEND0", "F0"])
 def test_what_is_no_instruction(text: str) -> None:
-    with pytest.raises(OptionError, match="expected (an|at least one) instruction"):
+    with pytest.raises(OptionError, match=r"expected (an|at least one) instruction"):
         Lowered.parse(text)
 
 

@@ -12,7 +12,8 @@ from autoshard.schedule import Schedule, dry_run
 from autoshard.schedules import SCHEDULES, WeightSplit, by_name, homes
 
 CASES = [
-    ("none", 1), ("naive", 1), ("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 3),
+    ("none", 1), ("naive", 1), ("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2),
+    ("interleaved-1f1b", 3),
     ("looped-bfs", 2), ("looped-bfs", 4), ("zb-h1", 1), ("zb-1p", 1), ("zb-2p", 1), ("zb-v", 2),
     ("interleaved-zb", 2), ("interleaved-zb", 3), ("dualpipe-v", 2),
 ]  # fmt: skip
