@@ -286,9 +286,11 @@ def _check_ends(lowered: Lowered, homes: Sequence[int]) -> None:
     def can_run(i: Instruction) -> bool:
         if i.what.startswith("SEND"):
             return _other_end(i) in posted
-        received = {"F": "RECV_F", "B": "RECV_B", "I": "RECV_B"}.get(i.what)
-        needed = Instruction(i.stage, cast(What, received), i.micro_batch) if received else None
-        return needed is None or needed not in posted or _other_end(needed) in sent
+        received: dict[What, What] = {"F": "RECV_F", "B": "RECV_B", "I": "RECV_B"}
+        if i.what not in received:
+            return True
+        needed = Instruction(i.stage, received[i.what], i.micro_batch)
+        return needed not in posted or _other_end(needed) in sent
 
     moved = True
     while moved:

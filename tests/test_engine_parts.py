@@ -296,7 +296,7 @@ def relay(frozen: bool, schedule: str) -> tuple[list[float], Tensor | None, list
         return losses, None if gradient is None else local_part(gradient), made.seen
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_masks_ids_and_cut_values_along_three_stages(
     frozen: bool, schedule: str, ranks: Pool

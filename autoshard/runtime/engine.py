@@ -130,7 +130,9 @@ class Engine:
         _check_divides(config, mesh)
         with meshes.using(mesh):
             self._schedule = _schedule(config, mesh, self.stages)
-            self._data_parallel = _prepare_data_parallel(self.module, config, mesh)
+            self._data_parallel = _prepare_data_parallel(
+                self.module, config, mesh, splits=self._schedule.splits
+            )
             self._ties = Ties.between_stages(self.module, mesh)
             self.slots = tuple(_slots(self.module, mesh, self._ties))
         self.optimizer = optimizers.build(
@@ -390,11 +392,12 @@ def _runner(
 
 
 def _prepare_data_parallel(
-    module: nn.Module, config: EngineConfig, mesh: Mesh
+    module: nn.Module, config: EngineConfig, mesh: Mesh, *, splits: bool
 ) -> tuple[DataParallel, ...]:
     """One per stage, and one for what several of them hold: it is complete when all are done.
 
-    Collective over ``pp``.
+    Collective over ``pp``. Where backward is split, a stage is one unit: FSDP2's autograd functions
+    around the units inside would see gradients of weights that go from one to the next too early.
     """
     axis, size = mesh.replicas, mesh.size(mesh.replicas)
     device_mesh = mesh.device_mesh[axis] if mesh.device_mesh is not None and size > 1 else None
@@ -404,7 +407,7 @@ def _prepare_data_parallel(
     per_stage = [
         data_parallel(
             stage, mode=config.data_parallel, size=size, mesh=device_mesh, group=group,
-            units=tuple(gathered_units(stage)), apart=shared,
+            units=() if splits else tuple(gathered_units(stage)), apart=shared,
         )
         for stage in stages
     ]  # fmt: skip

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,8 @@ class Pipeline:
         self._training = _as_torch_has_it(lower(schedule, reduces=reduces))
         self._evaluation = _as_torch_has_it(lower(schedule, trains=False))
         self._runtime._prepare_schedule_with_comms(
-            cast(Any, self._training), format="compute_comms"
+            {rank: list(actions) for rank, actions in self._training.items()},
+            format="compute_comms",
         )
         # Data parallelism gathers parameters itself, module by module, when they are used.
         self._runtime.unsharded_stages = {stage.index for stage in stages}
@@ -159,8 +160,8 @@ _NOT_IN_TORCH = frozenset({"GATHER", "STEP"})
 def _as_torch_has_it(lowered: Lowered) -> dict[int, list[_Action]]:
     def action(i: Instruction) -> _Action:
         number = "" if i.micro_batch is None else i.micro_batch
-        text = f"{i.stage}{_TORCH_NAMES.get(i.what, i.what)}{number}"
-        return cast(_Action, _Action.from_str(text))
+        found: _Action = _Action.from_str(f"{i.stage}{_TORCH_NAMES.get(i.what, i.what)}{number}")
+        return found
 
     return {
         rank: [action(i) for i in instructions if i.what not in _NOT_IN_TORCH]
