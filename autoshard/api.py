@@ -172,8 +172,8 @@ def make_plan(
         global_batch_size //= standalone
     captured = captured_at(global_batch_size)
     validate_sharding_names(pins.sharding, captured)
-    if plan is None and pins.allow_coupled_micro_batches:
-        standalone = standalone_batches(captured, pins)
+    if plan is None and (pins.allow_coupled_micro_batches or pins.stale):
+        standalone = standalone_batches(captured, pins, world_size)
         if standalone > 1:
             captured = captured_at(captured.batch_size // standalone)
 
@@ -232,10 +232,10 @@ def _validate_plan(plan: Plan, program: Program, world_size: int) -> None:
             f"the plan is for {plan.world_size} devices but world_size is {world_size}: plan "
             f"again, or start {plan.world_size} processes"
         )
-    if plan.global_batch_size != program.batch_size:
+    if plan.global_batch_size != program.batch_size * plan.standalone:
         raise PlanFileError(
             f"the plan is for a global batch of {plan.global_batch_size} samples but got "
-            f"{program.batch_size}: plan again, or use the plan's"
+            f"{program.batch_size * plan.standalone}: plan again, or use the plan's"
         )
     if plan.program != program.fingerprint:
         raise PlanFileError(

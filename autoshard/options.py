@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from autoshard import schedules
+from autoshard import schedules, versioned
 from autoshard.errors import OptionError
 from autoshard.placement.state import State
 
@@ -20,6 +20,8 @@ SCHEDULES = tuple(schedules.SCHEDULES)
 AXES = ("pp", "dp", "cp", "tp")
 """Of the mesh, outermost first."""
 DATA_PARALLEL = ("ddp", "zero1", "zero2", "zero3")
+ASYNCHRONOUS = ("asp", "ssp")
+"""Data-parallel modes whose workers do not wait for each other's gradients."""
 RECOMPUTE = ("none", "full", "selective")
 PRECISIONS = ("bf16",)
 MEASURED = "measured"
@@ -39,7 +41,17 @@ class Constraints:
         schedule: one of ``SCHEDULES``.
         virtual_stages: chunks of the model on every pipeline rank; more than one need a schedule
             that has them (``interleaved-1f1b`` if none is pinned).
-        data_parallel: one of ``DATA_PARALLEL``.
+        data_parallel: one of ``DATA_PARALLEL``, or (with ``allow_stale``) of ``ASYNCHRONOUS``:
+            ``asp``, or ``ssp`` whose workers are at most ``staleness`` minibatches apart.
+        bucket_bytes: of gradients that ``ddp`` reduces at once.
+        replicas: ranks of every pipeline stage, such as ``(3, 1)``, which take micro-batches in
+            turn; pins ``pp``, too. The sum is the world size.
+        allow_stale: permit training with gradients of older weights: schedules ``pipedream`` and
+            ``pipedream-2bw``, data parallelism ``asp`` and ``ssp``. The result changes, and the
+            plan says so with the staleness in steps. Nothing of it is chosen without a pin.
+        vertical_sync: under ``pipedream`` a micro-batch meets weights of the same age in all
+            stages.
+        staleness: minibatches that an ``ssp`` worker may be ahead of the slowest.
         recompute: one of ``RECOMPUTE``, for every layer.
         recompute_ops: names or ``fnmatch`` patterns of the ops that every layer recomputes, all
             others being kept; pins ``recompute`` to ``selective``.
@@ -72,15 +84,27 @@ class Constraints:
     stages: tuple[int, ...] | None = None
     memory_bytes: int | None = None
     allow_coupled_micro_batches: bool = False
+    bucket_bytes: int | None = None
+    replicas: tuple[int, ...] | None = None
+    allow_stale: bool = False
+    vertical_sync: bool = False
+    staleness: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (*AXES, "ep", "micro_batch_size", "virtual_stages", "memory_bytes"):
+        for name in (
+            *AXES,
+            "ep",
+            "micro_batch_size",
+            "virtual_stages",
+            "memory_bytes",
+            "bucket_bytes",
+        ):
             value = getattr(self, name)
             wrong_type = isinstance(value, bool) or not isinstance(value, int)
             if value is not None and (wrong_type or value < 1):
                 raise OptionError(f"constraint {name} expects a positive integer but got {value!r}")
         _validate_choice("schedule", self.schedule, SCHEDULES)
-        _validate_choice("data_parallel", self.data_parallel, DATA_PARALLEL)
+        _validate_choice("data_parallel", self.data_parallel, (*DATA_PARALLEL, *ASYNCHRONOUS))
         _validate_choice("recompute", self.recompute, RECOMPUTE)
         _validate_recompute_ops(self.recompute_ops, self.recompute)
         if self.recompute_ops:
@@ -91,6 +115,8 @@ class Constraints:
                 f"{self.sequence_parallel!r}"
             )
         _validate_stages(self.stages)
+        self._check_stale()
+        self._check_replicas()
         self._check_pipeline()
         if self.data_parallel not in (None, "ddp") and self.dp == 1 == (self.cp or 1):
             raise OptionError(
@@ -103,11 +129,101 @@ class Constraints:
                 f"spread, but dp is {self.dp}: change one of the two pins"
             )
         _validate_sharding(self.sharding, self.tp)
-        if not isinstance(self.allow_coupled_micro_batches, bool):
-            raise OptionError(
-                "constraint allow_coupled_micro_batches expects True or False but got "
-                f"{self.allow_coupled_micro_batches!r}"
+
+    @property
+    def stale(self) -> bool:
+        """Training with gradients of older weights is pinned."""
+        scheduled = self.schedule is not None and schedules.SCHEDULES[self.schedule].stale
+        return scheduled or self.data_parallel in ASYNCHRONOUS
+
+    @property
+    def replicated(self) -> bool:
+        """Stages are replicated one by one, rather than all ``dp`` times."""
+        return self.stale or self.replicas is not None
+
+    def _check_stale(self) -> None:
+        """Stale training is allowed where it is pinned, and its options go with it."""
+        for name in ("allow_coupled_micro_batches", "allow_stale", "vertical_sync"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(
+                    f"constraint {name} expects True or False but got {getattr(self, name)!r}"
+                )
+        if self.stale and not self.allow_stale:
+            pinned = (
+                f"data_parallel={self.data_parallel!r}"
+                if self.data_parallel in ASYNCHRONOUS
+                else f"schedule={self.schedule!r}"
             )
+            raise OptionError(
+                f"{pinned} trains with gradients of older weights, so results differ from those of "
+                "one process: pin allow_stale=True, too, if that is wanted"
+            )
+        if self.vertical_sync and self.schedule != "pipedream":
+            raise OptionError(
+                "vertical_sync is of the weight versions of schedule 'pipedream', but schedule is "
+                f"{self.schedule!r}: pin that schedule, or drop vertical_sync"
+            )
+        wrong = isinstance(self.staleness, bool) or not isinstance(self.staleness, int)
+        if self.data_parallel == "ssp" and (wrong or (self.staleness or 0) < 0):
+            raise OptionError(
+                "data_parallel 'ssp' expects staleness, the minibatches that a worker may be ahead "
+                f"of the slowest (0 or more), but got {self.staleness!r}: pin it, or use 'asp'"
+            )
+        if self.staleness is not None and self.data_parallel != "ssp":
+            raise OptionError(
+                "staleness is a bound of data_parallel 'ssp', but data_parallel is "
+                f"{self.data_parallel!r}: pin 'ssp', or drop staleness"
+            )
+
+    def _check_replicas(self) -> None:
+        """What goes with stages that are replicated one by one; pins ``replicas`` and ``pp``."""
+        if not self.replicated:
+            return
+        if self.data_parallel in ASYNCHRONOUS and self.replicas is None and self.dp is not None:
+            object.__setattr__(self, "replicas", (self.dp,))
+        elif self.dp not in (None, 1) and self.data_parallel not in ASYNCHRONOUS:
+            raise OptionError(
+                f"stages that are replicated one by one expect dp to be 1 but it is {self.dp}: pin "
+                "replicas instead, such as (2, 2) for two stages on two ranks each"
+            )
+        for axis in ("tp", "cp", "ep", "virtual_stages"):
+            if getattr(self, axis) not in (None, 1):
+                raise OptionError(
+                    "stale training and stages that are replicated one by one expect "
+                    f"{axis} to be 1 but it is {getattr(self, axis)}: drop one of the two pins"
+                )
+        if self.data_parallel not in (None, "ddp", *ASYNCHRONOUS):
+            raise OptionError(
+                "stages that are replicated one by one hold weights and optimizer state whole, but "
+                f"data_parallel is {self.data_parallel!r}: drop one of the two pins"
+            )
+        _validate_replicas(self.replicas)
+        if self.data_parallel in ASYNCHRONOUS:
+            if self.pp not in (None, 1) or len(self.replicas or (1,)) != 1 or self.schedule not in (
+                None, "none"
+            ):  # fmt: skip
+                raise OptionError(
+                    f"data_parallel {self.data_parallel!r} is of models that lie whole on every "
+                    f"worker, but pp={self.pp}, schedule={self.schedule!r} and replicas="
+                    f"{self.replicas} are pinned: drop them"
+                )
+            object.__setattr__(self, "pp", 1)
+            object.__setattr__(self, "dp", None)
+            return
+        if self.schedule is None:
+            object.__setattr__(self, "schedule", "1f1b")
+        if self.schedule not in versioned.SCHEDULES:
+            raise OptionError(
+                f"stages that are replicated one by one expect schedule to be one of "
+                f"{', '.join(versioned.SCHEDULES)} but it is {self.schedule!r}: choose one of them"
+            )
+        if self.replicas is not None:
+            if self.pp not in (None, len(self.replicas)):
+                raise OptionError(
+                    f"constraint replicas={self.replicas} has {len(self.replicas)} stages but pp is "
+                    f"{self.pp}: drop one of the two pins"
+                )
+            object.__setattr__(self, "pp", len(self.replicas))
 
     def _check_pipeline(self) -> None:
         """Pins of pipeline ranks, chunks, schedule and stages agree; stages pin ``pp``."""
@@ -122,6 +238,8 @@ class Constraints:
                 splits = schedules.SCHEDULES[self.schedule].splits
                 schedules.check_data_parallel(splits, self.data_parallel)
         chunks = self.virtual_stages or 1
+        if self.replicas is not None:
+            object.__setattr__(self, "replicas", tuple(self.replicas))
         if self.stages is not None and self.pp is None and len(self.stages) % chunks == 0:
             object.__setattr__(self, "pp", len(self.stages) // chunks)
         if self.stages is not None and len(self.stages) != (self.pp or 0) * chunks:
@@ -196,6 +314,17 @@ def _validate_stages(stages: object) -> None:
         )
 
 
+def _validate_replicas(replicas: object) -> None:
+    if replicas is None:
+        return
+    numbers = list(replicas) if isinstance(replicas, (tuple, list)) else []
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise OptionError(
+            "constraint replicas expects a number of ranks per stage such as (3, 1) but got "
+            f"{replicas!r}"
+        )
+
+
 def _validate_sharding(sharding: object, tp: int | None) -> None:
     if not isinstance(sharding, Mapping):
         raise OptionError(
@@ -230,6 +359,13 @@ def validate_world_size(world_size: object, constraints: Constraints) -> int:
             f"world_size expects the number of devices, an integer of at least 1, but got "
             f"{world_size!r}"
         )
+    if constraints.replicas is not None and sum(constraints.replicas) != world_size:
+        raise OptionError(
+            f"the pinned replicas {tuple(constraints.replicas)} hold {sum(constraints.replicas)} "
+            f"ranks but world_size is {world_size}: change one of them"
+        )
+    if constraints.replicated:
+        return world_size
     degrees = {axis: getattr(constraints, axis) for axis in AXES}
     pinned = {axis: degree for axis, degree in degrees.items() if degree}
     product = 1

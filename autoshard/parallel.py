@@ -18,13 +18,16 @@ from autoshard.emit import CONSTANTS, MANIFEST, Emitted, emit, load_stage
 from autoshard.emit.manifest import boundary_types
 from autoshard.errors import OptionError
 from autoshard.ir import Program, Value
+from autoshard.options import ASYNCHRONOUS
 from autoshard.plan.plan import Plan
 
 if TYPE_CHECKING:
+    from autoshard.runtime.asynchronous import AsynchronousEngine, Worker
     from autoshard.runtime.data import GlobalBatchSampler
     from autoshard.runtime.engine import Engine
     from autoshard.runtime.local_stages import LocalStage
     from autoshard.runtime.mesh import Mesh
+    from autoshard.runtime.replicas import Place, ReplicatedEngine
     from autoshard.timeline import Timeline
 
 OptimizerChoice = str | Callable[[list[nn.Parameter]], Optimizer]
@@ -73,8 +76,9 @@ class Parallel:
 
     def __repr__(self) -> str:
         mesh = self.plan.mesh
+        replicas = f" replicas={self.plan.replicas}" if self.plan.is_replicated else ""
         return (
-            f"Parallel({self.plan.model}: pp={mesh.pp} dp={mesh.dp} tp={mesh.tp}, "
+            f"Parallel({self.plan.model}: pp={mesh.pp} dp={mesh.dp} tp={mesh.tp}{replicas}, "
             f"{self.plan.schedule}, predicted {self.plan.prediction.step_s:.3g} s per step)"
         )
 
@@ -82,7 +86,7 @@ class Parallel:
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The mesh of ranks.
+        """The mesh of ranks; of one rank per stage where stages are replicated one by one.
 
         Raises:
             LaunchError: not under ``torchrun``, or with another number of processes than the plan
@@ -92,18 +96,34 @@ class Parallel:
         from autoshard.runtime.mesh import Mesh
 
         device = launch.start(self.plan.world_size)
+        if self.plan.is_replicated:
+            return self._place.mesh
         plan = self.plan.mesh
         context = {"cp": plan.cp} if plan.cp > 1 else {}
         sizes = {"pp": plan.pp, "dp": plan.dp, **context, "tp": plan.tp}
         return Mesh.create(sizes, device_type=device.type)
 
     @functools.cached_property
-    def engine(self) -> Engine:
+    def _place(self) -> Place | Worker:
+        """Of this rank, where stages are replicated one by one."""
+        from autoshard.runtime import launch
+        from autoshard.runtime.asynchronous import Worker
+        from autoshard.runtime.replicas import Place
+
+        launch.start(self.plan.world_size)
+        if self.plan.data_parallel in ASYNCHRONOUS:
+            return Worker.create(self.plan.ssp_bound)
+        return Place.create(self.plan.rules)
+
+    @functools.cached_property
+    def engine(self) -> Engine | ReplicatedEngine | AsynchronousEngine:
         """This rank's training engine, with its parameters taken from the model."""
         from autoshard.runtime import launch, mesh
         from autoshard.runtime.agreement import check_model_alike
+        from autoshard.runtime.asynchronous import AsynchronousEngine, Worker
         from autoshard.runtime.engine import Engine, EngineConfig
         from autoshard.runtime.parameters import load_parameters
+        from autoshard.runtime.replicas import ReplicatedEngine
 
         with mesh.using(self.mesh), launch.device():
             tensors = self._initial_tensors()
@@ -117,10 +137,21 @@ class Parallel:
             num_micro_batches=self.plan.num_micro_batches,
             schedule=self.plan.schedule,
             data_parallel=self.plan.data_parallel,
+            bucket_bytes=self.plan.bucket_bytes,
             max_norm=self._clip_norm,
             seed=self.plan.seed,
         )
-        return Engine(stages, mesh=self.mesh, config=config, optimizer=self._optimizer)
+        if not self.plan.is_replicated:
+            return Engine(stages, mesh=self.mesh, config=config, optimizer=self._optimizer)
+        (stage,) = stages
+        config = replace(config, inputs=stage.inputs, outputs=stage.outputs)
+        if isinstance(self._place, Worker):
+            return AsynchronousEngine(
+                stage.module, worker=self._place, config=config, optimizer=self._optimizer
+            )
+        return ReplicatedEngine(
+            stage.module, place=self._place, config=config, optimizer=self._optimizer
+        )
 
     @property
     def _stage_indices(self) -> list[int]:
@@ -218,7 +249,11 @@ class Parallel:
             batch: what :meth:`local_batch` or a loader over :meth:`sampler` gives.
 
         Returns:
-            The loss of the global batch, the same on every rank.
+            The loss of the global batch, the same on every rank. A pipeline without a flush
+            (``pipedream``, ``pipedream-2bw``) returns that of the batch which leaves it meanwhile,
+            fed ``plan.rules.delay`` steps ago, and ``nan`` before there is one: :meth:`drain` gives
+            the last ones. An asynchronous worker (``asp``, ``ssp``) returns that of its own
+            minibatch.
 
         Raises:
             LaunchError: see :attr:`mesh`.
@@ -251,16 +286,42 @@ class Parallel:
         """
         return self.engine.evaluate(batch)
 
+    def drain(self) -> list[float]:
+        """Train on all that was fed to a pipeline without a flush, or wait for all workers.
+
+        Weights are those of the same number of updates everywhere afterwards. Without effect where
+        every step does that.
+
+        Returns:
+            The losses that no step has returned, in order.
+        """
+        drain = getattr(self.engine, "drain", None)
+        return drain() if drain is not None else []
+
+    def _settle(self) -> None:
+        """As :meth:`drain`, but the losses that are left come with the next steps."""
+        empty = getattr(self.engine, "empty", None)
+        if empty is not None:
+            empty()
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        """Which of how many runs of samples of a global batch are this rank's."""
+        if self.plan.data_parallel in ASYNCHRONOUS:
+            return self._place.rank, self.plan.world_size
+        return self.mesh.rank("dp"), self.mesh.size("dp")
+
     def local_batch(
         self, global_batch: Mapping[str, Tensor] | tuple[Tensor, ...]
     ) -> dict[str, Tensor]:
-        """This rank's part of a global batch: its data-parallel rank's run of samples."""
+        """This rank's part of a global batch: its data-parallel rank's run of samples.
+
+        Where stages are replicated one by one that is all of it: they take micro-batches in turn.
+        """
         from autoshard.runtime import data
 
-        return data.local_batch(
-            global_batch, self.batch,
-            rank=self.mesh.rank("dp"), size=self.mesh.size("dp"),
-        )  # fmt: skip
+        rank, size = self._share
+        return data.local_batch(global_batch, self.batch, rank=rank, size=size)
 
     def sampler(
         self, dataset: Sized, *, shuffle: bool = True, seed: int | None = None
@@ -273,9 +334,9 @@ class Parallel:
         """
         from autoshard.runtime.data import GlobalBatchSampler
 
+        rank, size = self._share
         return GlobalBatchSampler(
-            dataset, self.plan.global_batch_size, rank=self.mesh.rank("dp"),
-            size=self.mesh.size("dp"), seed=self.plan.seed if seed is None else seed,
+            dataset, self.plan.global_batch_size, rank=rank, size=size, seed=self.plan.seed if seed is None else seed,
             shuffle=shuffle,
         )  # fmt: skip
 
@@ -304,8 +365,11 @@ class Parallel:
     def full_state_dict(self) -> dict[str, Tensor]:
         """On rank 0 every parameter and buffer whole, by original name, ties kept.
 
-        It loads into the original model with ``strict=True``. Other ranks get an empty dict.
+        It loads into the original model with ``strict=True``. Other ranks get an empty dict. A
+        pipeline without a flush runs empty first, as it does for :meth:`save` and
+        :meth:`evaluate`.
         """
+        self._settle()
         tensors = self._gathered(gradients=False)
         if dist.get_rank() != 0:
             return {}
@@ -355,6 +419,7 @@ class Parallel:
         """
         from autoshard.runtime import checkpoint
 
+        self._settle()
         return checkpoint.save(
             self.engine, Path(folder), aliases=self._aliases(), constant=self._unused_tensors,
             about={"program": self.program.fingerprint, "model": self.plan.model}, keep=keep,
@@ -376,6 +441,7 @@ class Parallel:
         from autoshard.runtime import checkpoint
 
         engine = self.engine
+        self._settle()
         if missing_ok and not checkpoint.exists(folder):
             return False
         checkpoint.load(engine, Path(folder), constant=self._unused_tensors)

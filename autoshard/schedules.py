@@ -300,6 +300,8 @@ class ScheduleKind:
         folds: of two chunks, a rank has one on the way down and one on the way up (V shape); else
             chunks lie in loops over the ranks.
         splits: backward is two actions, at least of some micro-batches.
+        stale: gradients are of older weights than those they change, as the table of
+            :mod:`autoshard.versioned` says; ``make`` has the order of its forwards and backwards.
         runs: the runtime can execute it; others are for predictions.
     """
 
@@ -310,6 +312,7 @@ class ScheduleKind:
     flushes: bool = True
     folds: bool = False
     splits: bool = False
+    stale: bool = False
     runs: bool = True
 
 
@@ -318,6 +321,12 @@ SCHEDULES: dict[str, ScheduleKind] = {
     "naive": ScheduleKind(make=lambda p, m, v, w: sequential(p, m)),
     "gpipe": ScheduleKind(make=lambda p, m, v, w: gpipe(p, m), closed_form=True),
     "1f1b": ScheduleKind(make=lambda p, m, v, w: one_f_one_b(p, m), closed_form=True),
+    "pipedream": ScheduleKind(
+        make=lambda p, m, v, w: one_f_one_b(p, m), flushes=False, stale=True
+    ),
+    "pipedream-2bw": ScheduleKind(
+        make=lambda p, m, v, w: one_f_one_b(p, m), flushes=False, stale=True
+    ),
     "interleaved-1f1b": ScheduleKind(
         make=lambda p, m, v, w: interleaved(p, m, v), least_virtual=2, most_virtual=None
     ),

@@ -14,6 +14,7 @@ from typing import Any, cast
 from autoshard.cluster import Link
 from autoshard.cost_models.costs import CostModel
 from autoshard.ir import Graph, Op, TensorType
+from autoshard.options import ASYNCHRONOUS
 from autoshard.placement.conversion import (
     COLLECTIVES,
     Motion,
@@ -149,7 +150,7 @@ class Breakdowns:
         self._prices, self._free_prices = (
             StageCosts(
                 request, best.configuration, best.classes, cast(CostModel, model),
-                best.data_parallel,
+                "ddp" if best.data_parallel in ASYNCHRONOUS else best.data_parallel,
             )
             for model in (self._watched, _Watched(costs, links, free=True))
         )  # fmt: skip
@@ -161,8 +162,10 @@ class Breakdowns:
 
     def _rank(self, rank: int, pipeline: PipelineSeconds) -> Breakdown:
         best, book = self._best, _Book()
-        m, homes = best.configuration.num_micro_batches, best.configuration.homes
+        m, homes = best.configuration.turns(rank), best.configuration.homes
         stages = [k for k, home in enumerate(homes) if home == rank]
+        if best.configuration.workers:
+            return self._replica(rank, pipeline)
         compute_s = recompute_s = spent_s = optimizer_s = 0.0
         for index, entry in (pair for k in stages for pair in best.stages[k]):
             layer = best.class_of(index)
@@ -179,6 +182,27 @@ class Breakdowns:
         return Breakdown(
             compute_s=compute_s, recompute_s=recompute_s, communication=book.communication(),
             optimizer_s=optimizer_s, bubble_s=waits_s - sends_s,
+        )  # fmt: skip
+
+    def _replica(self, stage: int, pipeline: PipelineSeconds) -> Breakdown:
+        """Of a replica of a stage that has replicas of its own."""
+        best, book = self._best, _Book()
+        m, choice = best.configuration.turns(stage), best.choices[stage]
+        reduction_s, optimizer_s = best.tails[stage]
+        recompute_s = m * sum(entry.extra_backward_s for _, entry in best.stages[stage])
+        num_bytes = sum(
+            t.nbytes for i, _ in best.stages[stage] for t in best.class_of(i).parameters.values()
+        )
+        if reduction_s:
+            book.add([_Call("all_reduce", "replicas", num_bytes, reduction_s)], 1)
+        busy_s = m * (choice.forward_s + choice.backward_s)
+        sent = [_Call("send", "pp", best.send_bytes[stage], choice.send_s)] if choice.send_s else []
+        waits_s = max(0.0, pipeline.step_s - busy_s - reduction_s - optimizer_s)
+        sends_s = min(waits_s, pipeline.sends_s) if sent else 0.0
+        book.add(sent, m, sends_s)
+        return Breakdown(
+            compute_s=busy_s - recompute_s, recompute_s=recompute_s,
+            communication=book.communication(), optimizer_s=optimizer_s, bubble_s=waits_s - sends_s,
         )  # fmt: skip
 
     def _segment(

@@ -86,7 +86,18 @@ def loads(text: bytes, where: str = "plan") -> Plan:
 def _validate(plan: Plan, where: str) -> None:
     """What the types cannot say: sizes that must fit together."""
     mesh = plan.mesh
-    if mesh.world_size != plan.world_size:
+    if min(plan.replicas, default=1) < 1:
+        raise PlanFileError(
+            f"{where} is no valid plan: its stages have {plan.replicas} replicas; give each at "
+            "least 1"
+        )
+    ranks = sum(plan.replicas) if plan.is_replicated else mesh.world_size
+    if plan.is_replicated and ranks != plan.world_size:
+        raise PlanFileError(
+            f"{where} is no valid plan: its stages have {plan.replicas} replicas but world_size is "
+            f"{plan.world_size}; make them agree"
+        )
+    if ranks != plan.world_size:
         raise PlanFileError(
             f"{where} is no valid plan: its mesh {mesh} holds "
             f"{mesh.world_size} ranks but world_size is {plan.world_size}; make them agree"
@@ -101,6 +112,11 @@ def _validate(plan: Plan, where: str) -> None:
             f"{where} is no valid plan: it has {len(plan.stages)} stages but pp is "
             f"{mesh.pp}{chunks}; make them agree"
         )
+    if plan.is_replicated and plan.schedule != "none":
+        try:
+            _ = plan.rules
+        except OptionError as error:
+            raise PlanFileError(f"{where} is no valid plan: {error}") from error
     if plan.micro_batch_size < 1 or plan.global_batch_size % (mesh.dp * plan.micro_batch_size):
         raise PlanFileError(
             f"{where} is no valid plan: dp={mesh.dp} x micro_batch_size={plan.micro_batch_size} "

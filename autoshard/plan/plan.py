@@ -13,8 +13,11 @@ from pathlib import Path
 
 from autoshard.cluster import Cluster
 from autoshard.schedules import homes
+from autoshard.versioned import Rules
 
 PLAN_VERSION = 2
+BUCKET_BYTES = 25 * 2**20
+"""Bytes of gradients that ``ddp`` reduces at once: torch DDP's default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +112,8 @@ class StagePlan:
         forward_s, backward_s: per micro-batch, communication inside the stage included.
         communication_s: the part of both that tensor-parallel collectives take.
         send_bytes: what one micro-batch sends to the next stage, forward.
+        replicas: ranks that take micro-batches of this stage in turn (besides the mesh's ``dp``).
+        weight_versions: of this stage's weights that a rank holds at most.
     """
 
     segments: tuple[SegmentPlan, ...]
@@ -117,6 +122,8 @@ class StagePlan:
     communication_s: float
     send_bytes: int
     memory: Memory
+    replicas: int = 1
+    weight_versions: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,14 +274,21 @@ class Plan:
 
     Attributes:
         program: fingerprint of the captured program that the plan is for.
-        data_parallel: ``ddp``, ``zero1``, ``zero2`` or ``zero3``.
+        data_parallel: ``ddp``, ``zero1``, ``zero2`` or ``zero3``; or ``asp`` or ``ssp``, whose
+            workers are the replicas of the only stage.
+        bucket_bytes: of gradients that ``ddp`` reduces at once.
+        vertical_sync: micro-batches meet weights of the same age in all stages.
+        staleness: per stage by how many updates the weights that a gradient changes are ahead of
+            those that it is of, at most; ``None``: by any number. Empty where training is exact.
         schedule: a name of :data:`autoshard.schedules.SCHEDULES`; ``none`` for one stage.
         virtual_stages: chunks of the model on every pipeline rank; ``stages`` has one entry per
             chunk, in the order of the model.
         layers: layer class -> axis (``dp``, ``micro``, ``tp``) -> assignment.
         coupled: where samples interact in forward, so that micro-batches would change the result.
         standalone: into how many batches of their own a step is cut because samples interact and
-            the user allowed it; the loss is the mean over them. 1: not cut, the result is exact.
+            the user allowed it, or because each makes an update; the loss is the mean over them.
+            1: not cut, the result is exact.
+        ssp_bound: minibatches that an ``ssp`` worker may be ahead of the slowest.
     """
 
     version: int = PLAN_VERSION
@@ -298,6 +312,10 @@ class Plan:
     coupled: tuple[str, ...] = ()
     virtual_stages: int = 1
     standalone: int = 1
+    bucket_bytes: int = BUCKET_BYTES
+    vertical_sync: bool = False
+    staleness: tuple[int | None, ...] = ()
+    ssp_bound: int | None = None
     notes: tuple[str, ...] = ()
     pins: Mapping[str, object] = field(default_factory=dict)
 
@@ -305,6 +323,25 @@ class Plan:
     def num_micro_batches(self) -> int:
         """Micro-batches per data-parallel rank and step."""
         return self.global_batch_size // (self.mesh.dp * self.micro_batch_size)
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """Ranks of every stage, apart from the mesh's."""
+        return tuple(stage.replicas for stage in self.stages)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Stages are replicated one by one, or their weights have versions: other ranks than the
+        mesh's, and the engine for that."""
+        return max(self.replicas, default=1) > 1 or bool(self.staleness)
+
+    @property
+    def rules(self) -> Rules:
+        """What a replicated pipeline's ranks do."""
+        return Rules(
+            schedule=self.schedule, replicas=self.replicas,
+            num_micro_batches=self.num_micro_batches, vertical_sync=self.vertical_sync,
+        )  # fmt: skip
 
     @property
     def homes(self) -> tuple[int, ...]:

@@ -181,7 +181,8 @@ class Search:
         )  # fmt: skip
         queue: list[tuple[float, int, int]] = [(0.0, 0, i) for i in range(len(space))]
         levels: tuple[Callable[[Configuration], float], ...] = ()
-        if len(space) > 1:  # else nothing to prune
+        replicated = request.constraints.replicated  # bounds know one replica of each stage
+        if len(space) > 1 and not replicated:  # else nothing to prune
             levels = (
                 self._bound_from_whole, self._bound_from_ops,
                 self._bound_from_shardings, self._bound_from_sharding,
@@ -310,6 +311,8 @@ class Search:
                 continue
             tried.add(sharding.key)
             rivals = [p.step_s for p in (best, found) if p is not None]
+            if configuration.workers:
+                rivals = []  # bounds know one replica of each stage
             if rivals and self._least_s_of(configuration, sharding) >= min(rivals):
                 continue
             limit_s = WORTH_KNOWING * min(rivals, default=float("inf"))

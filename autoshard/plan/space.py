@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from autoshard.cluster import Cluster
 from autoshard.errors import OptionError
 from autoshard.ir import Program
-from autoshard.options import DATA_PARALLEL, Constraints
+from autoshard.options import ASYNCHRONOUS, DATA_PARALLEL, Constraints
 from autoshard.plan.plan import Mesh
 from autoshard.schedules import SCHEDULES, WITH_SPLIT_BACKWARD, homes
 
@@ -21,6 +21,8 @@ class Configuration:
         virtual_stages: chunks of the model on every pipeline rank.
         standalone: how many batches like the program's make up a step (1, unless samples interact
             and the user allows it); their micro-batches are counted together.
+        workers: ranks that are dealt to stages one by one, which the stage program decides; 0: the
+            mesh's. ``replicas`` is how.
     """
 
     mesh: Mesh
@@ -30,6 +32,12 @@ class Configuration:
     data_parallel: tuple[str, ...]
     virtual_stages: int = 1
     standalone: int = 1
+    workers: int = 0
+    replicas: tuple[int, ...] = ()
+
+    def turns(self, stage: int) -> int:
+        """Micro-batches of a step that one rank of a stage runs."""
+        return self.num_micro_batches // (self.replicas[stage] if self.replicas else 1)
 
     @property
     def num_stages(self) -> int:
@@ -123,6 +131,8 @@ def configurations(
     """
     found = []
     num_samples = num_samples or program.batch_size
+    if constraints.replicated:
+        return _replicated(program, world_size, constraints, num_samples, coupled, standalone)
     shapes = list(meshes(program, world_size, constraints, cluster, num_samples))
     for mesh in shapes:
         local = num_samples // mesh.dp
@@ -143,6 +153,46 @@ def configurations(
     if not found:
         raise OptionError(
             _why_empty(program, world_size, constraints, shapes, coupled, num_samples)
+        )
+    return found
+
+
+def _replicated(
+    program: Program,
+    world_size: int,
+    constraints: Constraints,
+    num_samples: int,
+    coupled: bool,
+    standalone: int,
+) -> list[Configuration]:
+    """Stages that are replicated one by one, by size of the micro-batches.
+
+    Raises:
+        OptionError: no size goes with the pins.
+    """
+    asynchronous = constraints.data_parallel in ASYNCHRONOUS
+    updates_each = asynchronous or constraints.schedule == "pipedream"
+    sizes = [num_samples] if updates_each or coupled else divisors(num_samples)
+    pinned, replicas = constraints.micro_batch_size, constraints.replicas or (1,)
+    found = [
+        Configuration(
+            mesh=Mesh(pp=len(replicas)), micro_batch_size=size,
+            num_micro_batches=num_samples // size * standalone, standalone=standalone,
+            schedule="none" if asynchronous else str(constraints.schedule),
+            data_parallel=(constraints.data_parallel or "ddp",), workers=world_size,
+        )
+        for size in sizes
+        if size == (pinned or size)
+        and program.batch_size % size == 0
+        and all(num_samples // size * standalone % r == 0 for r in replicas)
+    ]  # fmt: skip
+    if not found:
+        raise OptionError(
+            f"replicas {replicas} expect micro-batches that each stage's ranks can share, but "
+            f"micro_batch_size={pinned} cuts {num_samples * standalone} samples into "
+            f"{num_samples * standalone / (pinned or num_samples):g} of them"
+            f"{' (samples interact in forward)' if coupled else ''}: change the global batch size "
+            "or a pin"
         )
     return found
 

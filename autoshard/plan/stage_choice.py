@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal
 
+from autoshard.cluster import link
 from autoshard.cost_models.costs import CostModel
 from autoshard.cost_models.state import StateBytes
 from autoshard.errors import OptionError
 from autoshard.ir import Program, TensorType
+from autoshard.options import ASYNCHRONOUS
 from autoshard.plan.class_costs import ClassCosts
-from autoshard.plan.plan import Assignment
+from autoshard.plan.plan import Assignment, Mesh
 from autoshard.plan.recompute import MenuEntry
+from autoshard.plan.replicas import ReplicaProblem, ReplicatedSplit, Segment
 from autoshard.plan.request import Request
 from autoshard.plan.scheduled_stages import (
     Counts,
@@ -37,6 +41,7 @@ from autoshard.plan.stages import (
 from autoshard.plan.weight_split import WeightWork, weight_work
 from autoshard.report.units import nbytes
 from autoshard.schedules import SCHEDULES, WeightSplit
+from autoshard.versioned import Rules, StageTimes, holds, step_seconds
 
 WORTH_IT = 1e-3
 """A more complicated data-parallel mode must make a step faster by more than this share."""
@@ -55,6 +60,7 @@ class StagedPlan:
         weight_s: per stage the part of backward that makes gradients of weights, where the schedule
             puts it off.
         split: what the schedule was fitted to.
+        weight_versions: per stage, that a rank holds at most; empty where there is one.
         step_s: what plans are compared by.
         bound_s: no split of the configuration takes less, under this sharding.
     """
@@ -75,11 +81,15 @@ class StagedPlan:
     step_s: float
     bound_s: float
     peak_bytes: int
+    vertical_sync: bool = False
+    weight_versions: tuple[int, ...] = ()
 
     @property
     def pipeline(self) -> PipelineSeconds:
         """What its schedule takes, simulated."""
         c = self.configuration
+        if c.workers:
+            return self._replicated_pipeline()
         return pipeline_seconds(
             Pipeline(
                 schedule=c.schedule, num_ranks=c.mesh.pp, num_micro_batches=c.num_micro_batches,
@@ -87,6 +97,31 @@ class StagedPlan:
             ),
             stage_seconds(self.choices, self.weight_s),
             [sum(tail) for tail in self.tails],
+        )  # fmt: skip
+
+    def _replicated_pipeline(self) -> PipelineSeconds:
+        c = self.configuration
+        busy_s = [
+            c.turns(k) * (s.forward_s + s.backward_s) + sum(self.tails[k])
+            for k, s in enumerate(self.choices)
+        ]
+        slowest = max(range(len(busy_s)), key=busy_s.__getitem__)
+        if c.schedule == "none":  # workers of their own
+            step_s = without_s = busy_s[slowest]
+        else:
+            rules = replica_rules(c, self.vertical_sync)
+            times = [
+                StageTimes(
+                    forward_s=s.forward_s, backward_s=s.backward_s, send_s=s.send_s,
+                    update_s=sum(self.tails[k]) / rules.updates_per_step(k),
+                )
+                for k, s in enumerate(self.choices)
+            ]  # fmt: skip
+            step_s = step_seconds(rules, times)
+            without_s = step_seconds(rules, [replace(t, send_s=0.0) for t in times])
+        return PipelineSeconds(
+            step_s=step_s, sends_s=max(0.0, step_s - without_s), slowest=slowest,
+            busy_s=busy_s[slowest] - sum(self.tails[slowest]),
         )  # fmt: skip
 
     @property
@@ -128,6 +163,14 @@ class Beaten:
     unhindered: bool
 
 
+def replica_rules(configuration: Configuration, vertical_sync: bool) -> Rules:
+    """What the ranks of a configuration with replicated stages do."""
+    return Rules(
+        schedule=configuration.schedule, replicas=configuration.replicas,
+        num_micro_batches=configuration.num_micro_batches, vertical_sync=vertical_sync,
+    )  # fmt: skip
+
+
 def choose_stages(
     request: Request,
     configuration: Configuration,
@@ -148,7 +191,8 @@ def choose_stages(
     best: StagedPlan | None = None
     nearest: Infeasible | None = None
     for mode in configuration.data_parallel:
-        prices = StageCosts(request, configuration, classes, costs, mode)
+        priced = "ddp" if mode in ASYNCHRONOUS else mode
+        prices = StageCosts(request, configuration, classes, costs, priced)
         choice = _Choice(request, configuration, assignments, classes, prices)
         worth_s = min(limit_s, best.step_s * (1 - WORTH_IT) if best else limit_s)
         if choice.least_s() >= worth_s:
@@ -197,6 +241,8 @@ class _Choice:
 
     def least_s(self) -> float:
         """No split takes less, whatever memory it needs."""
+        if self.configuration.workers:
+            return 0.0  # replicas and their schedules have no such form
         p, runs = self.configuration.mesh.pp, self.problem.runs
         work_s = sum(run.count * min(c.seconds for c in run.menu) for run in runs)
         step_s = sum(run.count * run.step_s for run in runs)
@@ -209,6 +255,8 @@ class _Choice:
 
     def run(self, exactly: bool, limit_s: float) -> StagedPlan | Infeasible | Beaten:
         pinned = self.request.constraints.stages
+        if self.configuration.workers:
+            return self._replicated(pinned)
         if not SCHEDULES[self.configuration.schedule].closed_form:
             return self._scheduled(pinned)
         if pinned is not None:
@@ -351,6 +399,139 @@ class _Choice:
         weight_s = tuple(problem.weight_s(choice) for choice in choices)
         staged = replace(self._staged(choices, 0.0, 0.0), weight_s=weight_s, split=problem.split)
         return replace(staged, step_s=staged.pipeline.step_s, bound_s=self.least_s())
+
+    # -- stages that are replicated one by one ----------------------------------------------------
+
+    def _replicated(self, pinned: Sequence[int] | None) -> StagedPlan | Infeasible:
+        """Cuts and replicas of every stage; see :mod:`autoshard.plan.replicas`."""
+        configuration, constraints = self.configuration, self.request.constraints
+        order = [index for group in self.groups for index in group]
+        if pinned is not None and (sum(pinned) != len(order) or min(pinned) < 1):
+            raise OptionError(
+                f"constraint stages={tuple(pinned)} expects positive numbers that add up to "
+                f"{len(order)} segments; a plan without this pin lists them"
+            )
+        workers = configuration.data_parallel[0] in ASYNCHRONOUS
+        most = max(len(self._menu(self._layer(index))) for index in order)
+        problem = ReplicaProblem(
+            segments=[
+                [self._replicated_segment(i, e, len(order)) for i in order] for e in range(most)
+            ],
+            update_s=lambda r: [sum(self._replicated_update(i, r)) for i in order],
+            num_ranks=configuration.workers,
+            schedule="pipedream" if workers else configuration.schedule,
+            num_micro_batches=configuration.num_micro_batches,
+            vertical_sync=constraints.vertical_sync, memory_bytes=float(self.request.memory_bytes),
+            stage_bytes=self.problem.stage_bytes,
+            replicas=(configuration.workers,) if workers else constraints.replicas,
+            lengths=None if pinned is None else tuple(pinned), num_stages=constraints.pp,
+        )  # fmt: skip
+        split = problem.best()
+        if not split.stages:
+            return Infeasible(
+                configuration=configuration, missing_bytes=float("inf"), stage=0,
+                reason=split.reason,
+            )  # fmt: skip
+        if split.missing_bytes > 0:
+            memory = [s.memory_bytes for s in split.stages]
+            return self._infeasible(split.missing_bytes, memory.index(max(memory)))
+        return self._staged_replicas(split, order)
+
+    def _staged_replicas(self, split: ReplicatedSplit, order: Sequence[int]) -> StagedPlan:
+        counts = tuple(s.replicas for s in split.stages)
+        configuration = replace(
+            self.configuration, replicas=counts, mesh=Mesh(pp=len(split.stages))
+        )
+        constraints = self.request.constraints
+        stages, choices, tails = [], [], []
+        for stage in split.stages:
+            own = order[stage.first : stage.end]
+            menus = [self._menu(self._layer(index)) for index in own]
+            entries = [menu[min(stage.entry, len(menu) - 1)] for menu in menus]
+            stages.append(tuple(zip(own, entries, strict=True)))
+            updates = configuration.num_micro_batches // (
+                stage.replicas
+                if configuration.schedule in ("pipedream", "none")
+                else configuration.num_micro_batches
+            )
+            pairs = [self._replicated_update(index, stage.replicas) for index in own]
+            tails.append((updates * sum(p[0] for p in pairs), updates * sum(p[1] for p in pairs)))
+            choices.append(
+                StageChoice(
+                    counts={}, forward_s=stage.times.forward_s, backward_s=stage.times.backward_s,
+                    send_s=stage.times.send_s, step_s=sum(tails[-1]),
+                    memory_bytes=stage.memory_bytes,
+                )
+            )  # fmt: skip
+        versions: tuple[int, ...] = (1,)
+        if configuration.schedule != "none":
+            versions = holds(replica_rules(configuration, constraints.vertical_sync))[1]
+        found = StagedPlan(
+            program=self.request.program, configuration=configuration,
+            data_parallel=configuration.data_parallel[0], assignments=self.assignments, classes=self.classes,
+            stages=tuple(stages), choices=tuple(choices),
+            state=tuple(
+                self.prices_over(1).state(
+                    [t for index, _ in stage for t in self._all_types(index)]
+                )
+                for stage in stages
+            ),
+            transient_bytes=0, send_bytes=(*(self.cuts[own[-1][0]] for own in stages[:-1]), 0),
+            tails=tuple(tails), weight_s=(0.0,) * len(stages), split=WeightSplit(), step_s=0.0,
+            bound_s=0.0, peak_bytes=int(max(c.memory_bytes for c in choices)),
+            vertical_sync=constraints.vertical_sync, weight_versions=versions,
+        )  # fmt: skip
+        step_s = found.pipeline.step_s
+        bound_s = min(step_s, configuration.num_micro_batches * split.bottleneck_s)
+        return replace(found, step_s=step_s, bound_s=bound_s)
+
+    def prices_over(self, replicas: int) -> StageCosts:
+        """Prices of a stage on so many ranks."""
+        c = self.configuration
+        per_update = c.num_micro_batches // replicas
+        if c.schedule in ("pipedream", "none"):
+            per_update = 1
+        alone = replace(c, mesh=Mesh(dp=replicas), num_micro_batches=per_update)
+        return StageCosts(self.request, alone, self.classes, self.prices.costs, "ddp")
+
+    def _replicated_segment(self, index: int, entry: int, count: int) -> Segment:
+        layer, menu = self._layer(index), self._menu(self._layer(index))
+        prices = self.prices_over(1)
+        own = prices.choice(layer, menu[min(entry, len(menu) - 1)])
+        kinds = self._all_types(index)
+        inside = any(min(users) <= index < max(users) for users in self.tied.values())
+        return Segment(
+            forward_s=own.forward_s, backward_s=own.backward_s, saved_bytes=own.saved_bytes,
+            workspace_bytes=float(layer.workspace_bytes),
+            weight_bytes=float(sum(t.nbytes for t in kinds)),
+            state_bytes=float(prices.state(kinds).total + layer.buffer_bytes),
+            send_s=math.inf if inside else self._hop_s(self.cuts[index]),
+        )  # fmt: skip
+
+    def _hop_s(self, num_bytes: int) -> float:
+        """To a replica of the next stage: as far as any two of the ranks are apart."""
+        between = link(self.request.cluster, self.configuration.workers)
+        return self.prices.costs.collective("send", num_bytes, between)
+
+    def _replicated_update(self, index: int, replicas: int) -> tuple[float, float]:
+        """Seconds of a reduction over the replicas of a stage and of the optimizer.
+
+        Workers that do not wait for each other send gradients and fetch weights: what a reduction
+        moves, but beside nothing.
+        """
+        layer = self._layer(index)
+        reduction_s, optimizer_s = self.prices_over(replicas).once_per_step(layer)
+        if self.configuration.data_parallel[0] in ASYNCHRONOUS and layer.parameters:
+            among = link(self.request.cluster, replicas)
+            num_bytes = sum(t.nbytes for t in layer.parameters.values())
+            reduction_s = self.prices.costs.collective("all_reduce", num_bytes, among)
+        return reduction_s, optimizer_s
+
+    def _all_types(self, index: int) -> list[TensorType]:
+        """Of a segment's parameters; of tied ones in the first segment that uses them."""
+        kinds, _ = self._own_types(index)
+        first = (name for name, users in self.tied.items() if users[0] == index)
+        return [*kinds, *(t for name in first if (t := self._tied_type(name)) is not None)]
 
     def _work(self, index: int) -> WeightWork:
         return weight_work(self._layer(index).graph, self.prices.costs)

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 from autoshard.cost_models.costs import CostModel
 from autoshard.ir import Op
+from autoshard.options import ASYNCHRONOUS
 from autoshard.placement.conversion import is_conversion
 from autoshard.placement.registry import has_rule
 from autoshard.plan.breakdown import Breakdowns
 from autoshard.plan.local_program import LocalProgram
 from autoshard.plan.plan import (
+    BUCKET_BYTES,
     Assignment,
     Candidate,
     Memory,
@@ -24,7 +26,8 @@ from autoshard.plan.plan import (
 )
 from autoshard.plan.request import Request
 from autoshard.plan.scheduled_stages import PipelineSeconds
-from autoshard.plan.stage_choice import StagedPlan
+from autoshard.plan.stage_choice import StagedPlan, replica_rules
+from autoshard.versioned import most_stale
 
 AS_THE_MODEL = "as the model"
 """The precision of a plan that keeps the model's own dtypes."""
@@ -68,6 +71,9 @@ def write_plan(
         standalone=request.standalone, micro_batch_size=configuration.micro_batch_size,
         schedule=configuration.schedule, virtual_stages=configuration.virtual_stages,
         data_parallel=best.data_parallel,
+        bucket_bytes=request.constraints.bucket_bytes or BUCKET_BYTES,
+        vertical_sync=best.vertical_sync, staleness=_staleness(request, best),
+        ssp_bound=request.constraints.staleness,
         precision=request.precision or AS_THE_MODEL, optimizer=request.optimizer,
         seed=request.seed, layers=layers, stages=tuple(_stages(request, best)),
         prediction=Prediction(
@@ -79,13 +85,55 @@ def write_plan(
             seconds=dict(seconds), candidates=candidates,
         ),
         replicated=_replicated(request, best), coupled=coupled,
-        notes=(*_cut_notes(request), *_recompute_notes(request, best), *program.notes),
+        notes=(*_stale_notes(request, best), *_cut_notes(request), *_recompute_notes(request, best), *program.notes),
          pins=request.constraints.pins,
     )  # fmt: skip
 
 
+def _staleness(request: Request, best: StagedPlan) -> tuple[int | None, ...]:
+    """Per stage, in updates; see :class:`autoshard.plan.plan.Plan`."""
+    configuration, bound = best.configuration, request.constraints.staleness
+    if best.data_parallel == "asp":
+        return (None,)
+    if best.data_parallel == "ssp":
+        assert bound is not None, "ssp is pinned with its bound"
+        return (most_stale(configuration.workers, bound),)
+    if not request.constraints.stale:
+        return ()
+    return replica_rules(configuration, best.vertical_sync).staleness
+
+
+def _stale_notes(request: Request, best: StagedPlan) -> tuple[str, ...]:
+    staleness = _staleness(request, best)
+    if not staleness:
+        return ()
+    name = best.configuration.schedule if best.weight_versions != (1,) else best.data_parallel
+    name = best.data_parallel if best.data_parallel in ASYNCHRONOUS else name
+    if staleness == (None,):
+        late = "by any number of updates"
+    elif len(set(staleness)) == 1:
+        late = f"by at most {staleness[0]} update(s)"
+    else:
+        late = f"by at most {', '.join(map(str, staleness))} updates in stages 0, 1, ..."
+    return (
+        f"stale training was allowed: under {name} the weights that a gradient changes are ahead "
+        f"of those that it is of {late}, so results differ from those of one process",
+        f"{name} makes an update per {_samples_per_update(request, best)} samples",
+    )
+
+
+def _samples_per_update(request: Request, best: StagedPlan) -> str:
+    """``8``, or ``24, 8`` where stages differ."""
+    configuration = best.configuration
+    if best.data_parallel in ASYNCHRONOUS:
+        return str(configuration.micro_batch_size)
+    rules = replica_rules(configuration, best.vertical_sync)
+    per = [rules.per_update(s) * configuration.micro_batch_size for s in range(rules.num_stages)]
+    return str(per[0]) if len(set(per)) == 1 else ", ".join(map(str, per))
+
+
 def _cut_notes(request: Request) -> tuple[str, ...]:
-    if request.standalone == 1:
+    if request.standalone == 1 or request.constraints.stale:
         return ()
     return (
         "micro-batches were allowed although samples interact in forward: a step is cut into "
@@ -134,14 +182,17 @@ def _stages(request: Request, best: StagedPlan) -> list[StagePlan]:
         classes = [best.classes[program.segments[i].layer.name] for i, _ in own]
         workspace = _workspace(best, k)
         buffers = sum(c.buffer_bytes for c in classes)
-        known = state.total + buffers + workspace
+        versions = best.weight_versions[k] if best.weight_versions else 1
+        known = state.total + (versions - 1) * state.parameters + buffers + workspace
         stages.append(
             StagePlan(
                 segments=tuple(segments), forward_s=choice.forward_s, backward_s=choice.backward_s,
                 communication_s=sum(c.communication_s for c in classes),
                 send_bytes=best.send_bytes[k],
+                replicas=(best.configuration.replicas or (1,) * (k + 1))[k],
+                weight_versions=versions,
                 memory=Memory(
-                    parameters=state.parameters + buffers, gradients=state.gradients,
+                    parameters=versions * state.parameters + buffers, gradients=state.gradients,
                     optimizer=state.optimizer,
                     activations=max(0, int(choice.memory_bytes) - known),
                     workspace=workspace,
@@ -174,7 +225,7 @@ def _origin(best: StagedPlan) -> dict[str, float]:
 
 def _parts(best: StagedPlan, pipeline: PipelineSeconds) -> dict[str, float]:
     """Where the step goes: on the rank that computes most, and what it waits for."""
-    m, homes = best.configuration.num_micro_batches, best.configuration.homes
+    m, homes = best.configuration.turns(pipeline.slowest), best.configuration.homes
     stages = [k for k, home in enumerate(homes) if home == pipeline.slowest]
     own = [pair for k in stages for pair in best.stages[k]]
     recompute = m * sum(entry.extra_backward_s for _, entry in own)

@@ -81,6 +81,8 @@ def _summary(plan: Plan) -> Table:
     table.add_row("cluster", f"{plan.world_size} x {plan.cluster.device.name}, {capacity} each")
     context = f" x context {mesh.cp}" if mesh.cp > 1 else ""
     experts = f", experts over {mesh.ep} data ranks" if mesh.ep > 1 else ""
+    if plan.is_replicated:
+        table.add_row("ranks", f"{', '.join(map(str, plan.replicas))} for stages 0, 1, ...")
     table.add_row(
         "mesh", f"pipeline {mesh.pp} x data {mesh.dp}{context} x tensor {mesh.tp}{experts}"
     )
@@ -95,6 +97,13 @@ def _summary(plan: Plan) -> Table:
         f"schedule {plan.schedule}{chunks}, data parallel {plan.data_parallel}, optimizer "
         f"{plan.optimizer}, precision {plan.precision}",
     )
+    if plan.staleness:
+        late = ", ".join("unbounded" if s is None else str(s) for s in plan.staleness)
+        sync = ", vertical sync" if plan.vertical_sync else ""
+        versions = ", ".join(str(stage.weight_versions) for stage in plan.stages)
+        table.add_row(
+            "staleness", f"{late} updates; {versions} version(s) of the weights held{sync}"
+        )
     if plan.pins:
         table.add_row("pinned", ", ".join(f"{k}={v}" for k, v in plan.pins.items()))
     table.add_row(

@@ -29,13 +29,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from autoshard.errors import OptionError
+from autoshard.plan.plan import BUCKET_BYTES
 from autoshard.runtime.mesh import Mesh
 from autoshard.runtime.parameters import local_part, on_gradient, set_local_gradient
 
 MODES = ("ddp", "zero1", "zero2", "zero3")
-
-BUCKET_BYTES = 25 * 2**20
-"""Bytes of gradients that ``ddp`` reduces at once: torch DDP's default."""
 
 
 class DataParallel(Protocol):
@@ -70,6 +68,7 @@ def data_parallel(
     mesh: DeviceMesh | None,
     units: Sequence[nn.Module] = (),
     apart: Collection[nn.Parameter] = (),
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> DataParallel:
     """Prepare a stage for data parallelism; afterwards its parameters are what they are at rest.
 
@@ -79,6 +78,7 @@ def data_parallel(
         units: modules of the stage that are gathered one by one under ``zero3`` and reduced one by
             one under all ZeRO modes.
         apart: parameters that stay whole and that someone else reduces.
+        bucket_bytes: of gradients that ``ddp`` reduces at once.
 
     Raises:
         OptionError: for an unknown mode.
@@ -94,7 +94,7 @@ def data_parallel(
         return Alone()
     if mode == "ddp":
         assert group is not None
-        return Replicated(trainable, group)
+        return Replicated(trainable, group, bucket_bytes)
     assert group is not None and mesh is not None
     return Sharded(stage, mode=mode, group=group, mesh=mesh, units=units, apart=apart)
 

@@ -31,6 +31,7 @@ from autoshard.runtime import optimizer as optimizers
 from autoshard.runtime.agreement import fingerprint
 from autoshard.runtime.collectives import stack_over
 from autoshard.runtime.data_parallel import (
+    BUCKET_BYTES,
     DataParallel,
     Replicated,
     data_parallel,
@@ -64,6 +65,7 @@ class EngineConfig:
         schedule: a name of :data:`autoshard.schedules.SCHEDULES` or an explicit schedule.
         inputs, outputs: local types of the activations that this rank's stage receives and sends,
             if it has one.
+        bucket_bytes: of gradients that ``ddp`` reduces at once.
         max_norm: clip gradients to this global norm.
     """
 
@@ -72,6 +74,7 @@ class EngineConfig:
     standalone: int = 1
     schedule: str | Schedule = "none"
     data_parallel: str = "ddp"
+    bucket_bytes: int = BUCKET_BYTES
     inputs: tuple[TensorType, ...] = ()
     outputs: tuple[TensorType, ...] = ()
     max_norm: float | None = None
@@ -197,13 +200,7 @@ class Engine:
         Args:
             scheduler: makes it for the engine's optimizer.
         """
-        groups = self.optimizer.param_groups
-        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.scheduler = scheduler(self.optimizer)
-        if self.scheduler_state is not None:
-            self.scheduler.load_state_dict(self.scheduler_state)
-            for group, before in zip(groups, options, strict=True):
-                group.update(before)  # making a scheduler sets the rates of step 0
+        self.scheduler = optimizers.make_scheduler(scheduler, self.optimizer, self.scheduler_state)
         return self.scheduler
 
     def gradient_norm(self) -> float:
@@ -246,7 +243,7 @@ class Engine:
         number = 0
         for batch_of_its_own in data.micro_batches(local, config.batch, config.standalone):
             with torch.set_grad_enabled(train):
-                shared = _prologue(stage, batch_of_its_own, count)
+                shared = prologue(stage, batch_of_its_own, count)
             parts = data.micro_batches(batch_of_its_own, config.batch, count)
             for part, values in zip(parts, shared, strict=True):
                 key = make_key(config.seed, self.step_number, number)
@@ -321,7 +318,7 @@ def _check_divides(config: EngineConfig, mesh: Mesh) -> None:
             )
 
 
-def _prologue(stage: nn.Module, local: Mapping[str, Tensor], count: int) -> list[data.Batch]:
+def prologue(stage: nn.Module, local: Mapping[str, Tensor], count: int) -> list[data.Batch]:
     """What the stage computes once per step, as each of ``count`` micro-batches receives it."""
     names: tuple[str, ...] = tuple(getattr(stage, "PROLOGUE", ()))
     if not names:
@@ -408,11 +405,14 @@ def _prepare_data_parallel(
         data_parallel(
             stage, mode=config.data_parallel, size=size, mesh=device_mesh, group=group,
             units=() if splits else tuple(gathered_units(stage)), apart=shared,
+            bucket_bytes=config.bucket_bytes,
         )
         for stage in stages
     ]  # fmt: skip
     trained = [p for p in shared if p.requires_grad]
-    together = [Replicated(trained, group)] if group is not None and trained else []
+    together = (
+        [Replicated(trained, group, config.bucket_bytes)] if group is not None and trained else []
+    )
     return (*per_stage, *together)
 
 

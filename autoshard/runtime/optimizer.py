@@ -7,11 +7,13 @@ those that look at a whole matrix are refused where a parameter is split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from autoshard.errors import OptionError
 
@@ -97,6 +99,25 @@ def build(
             "which needs whole tensors, and this plan splits parameters; "
             "use adamw, or pin tp=1 and data_parallel='ddp'"
         )
+    return made
+
+
+def make_scheduler(
+    scheduler: Callable[[Optimizer], LRScheduler],
+    optimizer: Optimizer,
+    state: Mapping[str, Any] | None,
+) -> LRScheduler:
+    """A learning-rate scheduler, going on from ``state`` if there is one.
+
+    With a state, rates stay what they are until the next step.
+    """
+    groups = optimizer.param_groups
+    options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    made = scheduler(optimizer)
+    if state is not None:
+        made.load_state_dict(dict(state))
+        for group, before in zip(groups, options, strict=True):
+            group.update(before)  # making a scheduler sets the rates of step 0
     return made
 
 

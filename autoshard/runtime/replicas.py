@@ -1,0 +1,547 @@
+"""Trains pipelines whose stages are replicated unevenly, or whose weights have versions.
+
+Torch's engine has one rank per stage and a flush per step. This one runs the actions of
+:mod:`autoshard.versioned` on plain sends and receives: a replica runs the micro-batches whose turn
+it is, forward and backward in the module of their version (:mod:`.weight_versions`), and updates
+are averaged over the replicas of a stage alone.
+
+Without a flush, :meth:`ReplicatedEngine.step` feeds a batch and returns the loss of the one that
+leaves the pipeline meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from autoshard.errors import OptionError
+from autoshard.ir import TensorType
+from autoshard.runtime import data, launch
+from autoshard.runtime import mesh as meshes
+from autoshard.runtime import optimizer as optimizers
+from autoshard.runtime.agreement import fingerprint
+from autoshard.runtime.data_parallel import Replicated
+from autoshard.runtime.engine import EngineConfig, Slot, prologue
+from autoshard.runtime.mesh import DEFAULT_TIMEOUT, Mesh
+from autoshard.runtime.parameters import declared
+from autoshard.runtime.random import make_key
+from autoshard.runtime.weight_versions import WeightVersions
+from autoshard.versioned import Action, Rules, dry_run
+
+_MAX_OPEN_SENDS = 4
+"""Sends that may be under way; older ones are waited for, so that what they send can be freed."""
+_STEPS_CHECKED = 3
+"""Steps of a schedule that are run without tensors before it is run with them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this rank is in a replicated pipeline, and whom it talks to.
+
+    Attributes:
+        forward, backward, losses: groups of all ranks, one for each kind of message.
+        replicas: the ranks of this stage; ``None`` if there is one.
+    """
+
+    rules: Rules
+    rank: int
+    forward: dist.ProcessGroup
+    backward: dist.ProcessGroup
+    losses: dist.ProcessGroup
+    replicas: dist.ProcessGroup | None
+
+    @staticmethod
+    def create(rules: Rules, timeout: timedelta = DEFAULT_TIMEOUT) -> Place:
+        """Make the groups; every rank calls this with the same rules.
+
+        Args:
+            timeout: after which a rank that waits for another gives up.
+        """
+        rank = dist.get_rank()
+        messages = [dist.new_group(timeout=timeout) for _ in range(3)]
+        replicas = None
+        for stage, count in enumerate(rules.replicas):
+            if count > 1:
+                group = dist.new_group(list(rules.ranks_of(stage)), timeout=timeout)
+                replicas = group if rank in rules.ranks_of(stage) else replicas
+        return Place(rules, rank, *messages, replicas)
+
+    @property
+    def stage(self) -> int:
+        """The stage of this rank."""
+        return self.rules.stage_of(self.rank)
+
+    @property
+    def mesh(self) -> Mesh:
+        """One rank of a pipeline, which holds its stage whole."""
+        sizes = {"pp": self.rules.num_stages, "dp": 1, "tp": 1}
+        return Mesh(sizes, {"pp": self.stage})
+
+
+class ReplicatedEngine:
+    """Trains one stage on this rank; every rank makes one and calls it alike.
+
+    Args:
+        stage: an emitted stage with its parameters loaded, on this rank's device.
+        config: ``inputs`` and ``outputs`` are of whole micro-batches.
+        optimizer: a name, or a callable from a list of parameters to an optimizer.
+
+    Attributes:
+        step_number: steps whose batch was fed.
+
+    Raises:
+        OptionError: for an unknown optimizer, or a schedule that cannot run.
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        *,
+        place: Place,
+        config: EngineConfig,
+        optimizer: str | optimizers.OptimizerFactory = "adamw",
+    ) -> None:
+        rules = place.rules
+        dry_run(rules.unrolled(_STEPS_CHECKED), rules)
+        self.place, self.config, self.mesh = place, config, place.mesh
+        self.device = next((p.device for p in stage.parameters()), torch.device("cpu"))
+        self.step_number = 0
+        self.max_norm: float | None = None
+        self.set_max_norm(config.max_norm)
+        self._versions = WeightVersions(stage)
+        self._reductions: dict[nn.Module, Replicated] = {}
+        self.slots = tuple(_slots(stage, counted=place.rank == rules.ranks_of(place.stage)[0]))
+        self.optimizer = optimizers.build(optimizer, [s.local for s in self.slots], split=False)
+        self.scheduler: LRScheduler | None = None
+        self.scheduler_state: dict[str, Any] | None = None
+        self._wire = _Wire(place, config, self.device)
+        self._losses = _Losses(place, self.device)
+        self._arguments: dict[int, Mapping[str, Any]] = {}
+        self._flying: dict[int, _Flight] = {}
+        self._fed = 0  # steps since the pipeline was empty
+        self._last_used = 0  # version of the last backward
+        self._next_forward = place.rank - rules.ranks_of(place.stage)[0]
+
+    # -- what a user calls ------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """This rank's stage with its newest weights."""
+        return self._versions.current
+
+    def step(self, batch: object) -> float:
+        """Feed a batch, and do what the schedule does until the next.
+
+        Args:
+            batch: the whole global batch, the same on every rank.
+
+        Returns:
+            The loss of the batch that was fed ``place.rules.delay`` steps ago, from its own
+            forward; ``nan`` in the first steps, when none has left the pipeline. The same number on
+            every rank.
+
+        Raises:
+            OptionError: if the batch is not as captured, or not the same on all ranks.
+        """
+        rules = self.place.rules
+        with launch.guarded(), meshes.using(self.mesh):
+            self.module.train()
+            if not rules.stale:
+                self.zero_grad()
+            self._arguments.update(self._prepare(batch, train=True))
+            self._perform(rules.step(self.place.rank, self._fed))
+            self._fed += 1
+            self.step_number += 1
+            self._losses.share()
+            if not rules.stale:
+                self._empty()
+            return self._losses.take(rules.delay)
+
+    def drain(self) -> list[float]:
+        """Let the pipeline run empty: all that was fed is trained on.
+
+        Returns:
+            The losses of the batches that no step has returned, in order.
+        """
+        self._run_empty()
+        with launch.guarded():
+            return self._losses.take_all()
+
+    def evaluate(self, batch: object) -> float:
+        """The loss of a global batch in evaluation mode, after the pipeline has run empty."""
+        self._run_empty()
+        module = self.module
+        with launch.guarded(), meshes.using(self.mesh), torch.no_grad():
+            was_training = module.training
+            module.eval()
+            try:
+                self._arguments = dict(self._prepare(batch, train=False))
+                own = [i for i in range(self.config.num_micro_batches) if i in self._arguments]
+                for micro_batch in own:
+                    action = Action(self.place.stage, "F", micro_batch, 0)
+                    self._forward(action)
+                    self._flying.pop(micro_batch)
+                self._empty()
+            finally:
+                module.train(was_training)
+            self._losses.share()
+            return self._losses.take_last()
+
+    def empty(self) -> None:
+        """As :meth:`drain`, but the losses that are left come with the next steps, in order."""
+        self._run_empty()
+
+    def zero_grad(self) -> None:
+        for slot in self.slots:
+            slot.holder.grad = slot.local.grad = None
+
+    def set_max_norm(self, max_norm: float | None) -> None:
+        """Clip gradients to this global norm from the next step on; ``None``: do not.
+
+        Raises:
+            OptionError: the pipeline has no flush, so no rank knows the norm over all stages.
+        """
+        if max_norm is not None and self.place.rules.stale:
+            raise OptionError(
+                f"expected no clip_norm with schedule {self.place.rules.schedule!r} but got "
+                f"{max_norm}: its stages step at different times, so there is no norm over all of "
+                "them; clip in the optimizer, or use 1f1b"
+            )
+        self.max_norm = max_norm
+
+    def set_scheduler(self, scheduler: Callable[[Optimizer], LRScheduler]) -> LRScheduler:
+        """Step a scheduler once per step, from where a checkpoint that was loaded before left it.
+
+        Without a flush that is when a stage has made the last update of a step's batch.
+        """
+        self.scheduler = optimizers.make_scheduler(scheduler, self.optimizer, self.scheduler_state)
+        return self.scheduler
+
+    # -- the schedule -----------------------------------------------------------------------------
+
+    def _run_empty(self) -> None:
+        with launch.guarded(), meshes.using(self.mesh):
+            self._perform(self.place.rules.rest(self.place.rank, self._fed))
+            self._empty()
+
+    def _empty(self) -> None:
+        """The pipeline is: versions and micro-batches count from 0 again."""
+        self._wire.finish()
+        self._versions.restart()
+        self._fed = 0
+        self._next_forward = self.place.rank - self.place.rules.ranks_of(self.place.stage)[0]
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        """Run actions in order; what the next one waits for is received meanwhile."""
+        for action, following in pairwise((*actions, None)):
+            assert action is not None
+            self._wire.expect(action)
+            if following is not None:
+                self._wire.expect(following)
+            if action.what == "F":
+                self._forward(action)
+            elif action.what == "B":
+                updates = following is not None and following.what == "S"
+                self._backward(action, updates=updates)
+            else:
+                self._update(action)
+
+    def _forward(self, action: Action) -> None:
+        inputs = self._wire.activations(action)
+        module = self._versions.module(action.version)
+        result = module(*inputs, **self._arguments.pop(action.micro_batch))
+        outputs: tuple[Tensor, ...] = (result,) if isinstance(result, Tensor) else tuple(result)
+        self._flying[action.micro_batch] = _Flight(action.version, inputs, outputs)
+        self._next_forward = action.micro_batch + self.place.rules.replicas[action.stage]
+        if action.stage == self.place.rules.num_stages - 1:
+            self._losses.add(outputs[0].detach() / self.config.standalone)
+        else:
+            self._wire.send_activations(action, outputs)
+
+    def _backward(self, action: Action, *, updates: bool) -> None:
+        """The backward of a micro-batch; ``updates``: an update follows, so gradients are reduced
+        as they arrive."""
+        flight = self._flying.pop(action.micro_batch)
+        self._last_used = action.version
+        reduction = self._reduction(self._versions.module(action.version))
+        if reduction is not None:
+            reduction.before_backward(last=updates)
+        gradients = self._wire.gradients(action)
+        differentiable = [t for t in flight.outputs if t.dtype.is_floating_point]
+        pairs = [
+            (t, g)
+            for t, g in zip(differentiable, gradients or [None], strict=True)
+            if t.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        if reduction is not None and updates:
+            reduction.finish()
+        self._wire.send_gradients(action, flight.inputs)
+
+    def _reduction(self, module: nn.Module) -> Replicated | None:
+        """What sums the gradients of a module over the replicas of the stage."""
+        if self.place.replicas is None:
+            return None
+        if module not in self._reductions:
+            trainable = [p for p in module.parameters() if p.requires_grad]
+            self._reductions[module] = Replicated(
+                trainable, self.place.replicas, self.config.bucket_bytes
+            )
+        return self._reductions[module]
+
+    def _update(self, action: Action) -> None:
+        """Step the newest weights by the gradients of the last backward, which lie with the version
+        that it used: the micro-batches of one update and rank have all met the same one."""
+        rules, stage = self.place.rules, action.stage
+        source = self._versions.module(self._last_used)
+        gradients = [slot.holder.grad for slot in _slots_of(self.slots, source)]
+        self._weigh(gradients)
+        flying = [flight.version for flight in self._flying.values()]
+        oldest = min([*flying, rules.version(stage, self._next_forward)])
+        self._versions.release(oldest)
+        module = self._versions.advance(keep=rules.stale and oldest < action.version)
+        self.slots = _slots_of(self.slots, module)
+        for slot, gradient in zip(self.slots, gradients, strict=True):
+            slot.local.data = slot.holder.data
+            slot.local.grad = gradient
+        self.optimizer.step()
+        for slot in self.slots:
+            slot.local.grad = None
+        if rules.stale:
+            for parameter in source.parameters():
+                parameter.grad = None
+        if self.scheduler is not None and action.version % rules.updates_per_step(stage) == 0:
+            self.scheduler.step()
+
+    def _weigh(self, gradients: Sequence[Tensor | None]) -> None:
+        """The mean over the batches of their own that an update is of; clipped if asked for."""
+        rules, stage = self.place.rules, self.place.stage
+        own_batches = self.config.standalone * rules.per_update(stage) // rules.num_micro_batches
+        known = [g for g in gradients if g is not None]
+        for gradient in known if own_batches > 1 else ():
+            gradient.div_(own_batches)
+        if self.max_norm is None:
+            return
+        counted = known if self.place.rank == rules.ranks_of(stage)[0] else []
+        mine = torch.tensor(optimizers.squared_norm(counted), dtype=torch.float64)
+        every = [torch.empty_like(mine.to(self.device)) for _ in range(rules.num_ranks)]
+        dist.all_gather(every, mine.to(self.device), group=self.place.losses)
+        norm = math.sqrt(sum(float(part) for part in every))
+        for gradient in known:
+            gradient.mul_(optimizers.clip_coefficient(norm, self.max_norm))
+
+    def _prepare(self, batch: object, *, train: bool) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """What this rank's micro-batches of a step take besides activations, by micro-batch."""
+        config, stage, rules = self.config, self.module, self.place.rules
+        named = data.named_batch(batch, config.batch)
+        data.check_batch(named, config.batch, 1)
+        local = {name: tensor.to(self.device) for name, tensor in named.items()}
+        self._losses.begin(fingerprint(local))
+        wanted = tuple(getattr(stage, "BATCH", ()))
+        count = config.num_micro_batches // config.standalone
+        for own, batch_of_its_own in enumerate(
+            data.micro_batches(local, config.batch, config.standalone)
+        ):
+            with torch.set_grad_enabled(train):
+                shared = prologue(stage, batch_of_its_own, count)
+            parts = data.micro_batches(batch_of_its_own, config.batch, count)
+            for index, (part, values) in enumerate(zip(parts, shared, strict=True)):
+                in_step = own * count + index
+                micro_batch = self._fed * config.num_micro_batches + in_step
+                if rules.home(self.place.stage, micro_batch) == self.place.rank:
+                    key = make_key(config.seed, self.step_number, in_step)
+                    yield micro_batch, {"key": key, **{n: part[n] for n in wanted}, **values}
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A micro-batch between its forward and its backward."""
+
+    version: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+def _slots(stage: nn.Module, *, counted: bool) -> Iterator[Slot]:
+    seen: set[Tensor] = set()
+    for name, declaration, tensor in declared(stage):
+        if not declaration.buffer and tensor.requires_grad and tensor not in seen:
+            assert isinstance(tensor, nn.Parameter)
+            seen.add(tensor)
+            # Autograd counts changes of a tensor and of what it is detached from together; the
+            # optimizer's steps must not count as changes of the versions that it has left behind.
+            yield Slot(name, declaration, tensor, nn.Parameter(tensor.data), counted)
+
+
+def _slots_of(slots: Sequence[Slot], module: nn.Module) -> tuple[Slot, ...]:
+    """The same slots, held by another version's module."""
+    holders = {name: cast(nn.Parameter, tensor) for name, _, tensor in declared(module)}
+    return tuple(Slot(s.name, s.declaration, holders[s.name], s.local, s.counted) for s in slots)
+
+
+class _Wire:
+    """Activations and gradients between the replicas of neighbouring stages."""
+
+    def __init__(self, place: Place, config: EngineConfig, device: torch.device) -> None:
+        self._place, self._device = place, device
+        self._inputs, self._outputs = config.inputs, config.outputs
+        self._expected: dict[Action, list[tuple[Tensor, dist.Work]]] = {}
+        self._sends: deque[tuple[Tensor, dist.Work]] = deque()
+
+    def expect(self, action: Action) -> None:
+        """Begin to receive what an action needs."""
+        rules = self._place.rules
+        if action.what == "S" or action in self._expected:
+            return
+        if action.what == "F":
+            if action.stage == 0:
+                return
+            peer, types, group = action.stage - 1, self._inputs, self._place.forward
+        else:
+            if action.stage == rules.num_stages - 1:
+                return
+            types = tuple(t for t in self._outputs if t.dtype.is_floating_point)
+            peer, group = action.stage + 1, self._place.backward
+        source = rules.home(peer, action.micro_batch)
+        self._expected[action] = [self._receive(t, source, group) for t in types]
+
+    def _receive(
+        self, kind: TensorType, source: int, group: dist.ProcessGroup
+    ) -> tuple[Tensor, dist.Work]:
+        buffer = torch.empty(kind.shape, dtype=kind.dtype, device=self._device)
+        work = dist.irecv(buffer, group=group, group_src=source)
+        assert work is not None
+        return buffer, work
+
+    def activations(self, action: Action) -> tuple[Tensor, ...]:
+        """What the stage before has sent for a forward."""
+        self.expect(action)
+        received = self._arrived(action)
+        return tuple(
+            t.requires_grad_(kind.differentiable and torch.is_grad_enabled())
+            for t, kind in zip(received, self._inputs if received else (), strict=True)
+        )
+
+    def gradients(self, action: Action) -> list[Tensor]:
+        """Of a stage's floating-point outputs; none on the last stage."""
+        return self._arrived(action)
+
+    def _arrived(self, action: Action) -> list[Tensor]:
+        received = self._expected.pop(action, [])
+        for _, work in received:
+            work.wait()
+        return [buffer for buffer, _ in received]
+
+    def send_activations(self, action: Action, outputs: Sequence[Tensor]) -> None:
+        peer = self._place.rules.home(action.stage + 1, action.micro_batch)
+        for tensor in outputs:
+            self._send(tensor.detach(), peer, self._place.forward)
+
+    def send_gradients(self, action: Action, inputs: Sequence[Tensor]) -> None:
+        """Of the floating-point inputs; one that nothing has used has a gradient of zeros."""
+        if action.stage == 0:
+            return
+        peer = self._place.rules.home(action.stage - 1, action.micro_batch)
+        for tensor in inputs:
+            if tensor.dtype.is_floating_point:
+                own = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                self._send(own, peer, self._place.backward)
+
+    def _send(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
+        held = tensor.contiguous()
+        work = dist.isend(held, group=group, group_dst=peer)
+        assert work is not None
+        self._sends.append((held, work))
+        while len(self._sends) > _MAX_OPEN_SENDS and self._sends[0][1].is_completed():
+            self._sends.popleft()[1].wait()
+
+    def finish(self) -> None:
+        """Wait until all that was sent has arrived."""
+        while self._sends:
+            self._sends.popleft()[1].wait()
+
+
+class _Losses:
+    """The loss of each step, on every rank: the last stage's replicas send their parts to all.
+
+    A fingerprint of the batch goes with it, so that ranks that were given different ones notice.
+    """
+
+    def __init__(self, place: Place, device: torch.device) -> None:
+        self._place, self._device = place, device
+        self._senders = place.rules.ranks_of(place.rules.num_stages - 1)
+        self._own = 0.0
+        self._fingerprint = 0
+        self._parts: list[Tensor] = []
+        self._open: deque[tuple[int, list[tuple[Tensor, dist.Work | None]]]] = deque()
+        self._sends: deque[tuple[Tensor, dist.Work]] = deque()
+
+    def begin(self, batch: int) -> None:
+        """A step begins, with a batch of this fingerprint."""
+        self._fingerprint, self._parts = batch, []
+
+    def add(self, loss: Tensor) -> None:
+        """An addend of the step's loss, on the last stage."""
+        self._parts.append(loss)
+
+    def share(self) -> None:
+        """Send what was added since the step began, and begin to receive the others' parts."""
+        own = float(sum(float(part) for part in self._parts))
+        message = torch.tensor([own, self._fingerprint], dtype=torch.float64, device=self._device)
+        arriving: list[tuple[Tensor, dist.Work | None]] = []
+        for sender in self._senders:
+            if sender == self._place.rank:
+                arriving.append((message, None))
+                continue
+            buffer = torch.empty_like(message)
+            arriving.append(
+                (buffer, dist.irecv(buffer, group=self._place.losses, group_src=sender))
+            )
+        self._open.append((self._fingerprint, arriving))
+        if self._place.rank in self._senders:
+            for peer in range(self._place.rules.num_ranks):
+                if peer != self._place.rank:
+                    work = dist.isend(message, group=self._place.losses, group_dst=peer)
+                    assert work is not None
+                    self._sends.append((message, work))
+        while self._sends and self._sends[0][1].is_completed():
+            self._sends.popleft()[1].wait()
+
+    def take(self, delay: int) -> float:
+        """The oldest loss, if more than ``delay`` steps' are to be had; else ``nan``."""
+        return self._wait(self._open.popleft()) if len(self._open) > delay else math.nan
+
+    def take_last(self) -> float:
+        """The newest one."""
+        return self._wait(self._open.pop())
+
+    def take_all(self) -> list[float]:
+        return [self._wait(self._open.popleft()) for _ in range(len(self._open))]
+
+    def _wait(self, entry: tuple[int, list[tuple[Tensor, dist.Work | None]]]) -> float:
+        own, arriving = entry
+        total = 0.0
+        for buffer, work in arriving:
+            if work is not None:
+                work.wait()
+            loss, theirs = buffer.tolist()
+            if int(theirs) != own:
+                raise OptionError(
+                    "expected the same global batch on all ranks but got different ones; a "
+                    "replicated pipeline hands out micro-batches itself, so give every rank the "
+                    "whole batch (local_batch and sampler do)"
+                )
+            total += loss
+        return total

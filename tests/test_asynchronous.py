@@ -1,0 +1,194 @@
+"""Asynchronous data parallelism against one process that makes the updates in the same order."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stale_runs as runs
+import torch
+from ranks import Pool
+from stale_runs import Setup, State
+from torch import nn
+
+from autoshard.errors import LaunchError
+from autoshard.runtime.asynchronous import AsynchronousEngine, Order, Worker
+from autoshard.versioned import most_stale
+
+WORKERS = 4
+STEPS = 4
+
+
+def round_robin(worker: int, clock: int) -> int:
+    return clock * WORKERS + worker
+
+
+def reversed_rounds(worker: int, clock: int) -> int:
+    return clock * WORKERS + WORKERS - 1 - worker
+
+
+def one_far_ahead(worker: int, clock: int) -> int:
+    """Worker 0 makes all of its updates before the others make any."""
+    return clock if worker == 0 else STEPS + clock * (WORKERS - 1) + worker - 1
+
+
+def pins_of(bound: int | None) -> dict[str, Any]:
+    if bound is None:
+        return {"data_parallel": "asp"}
+    return {"data_parallel": "ssp", "staleness": bound}
+
+
+def engine(given: Setup, optimizer: Any, order: Order | None, bound: int | None) -> Any:
+    made = runs.parallel(given, optimizer)
+    made._place = Worker.create(bound, timeout=timedelta(seconds=30))
+    first = made.engine
+    assert isinstance(first, AsynchronousEngine)
+    made.__dict__["engine"] = AsynchronousEngine(
+        first.module, worker=made._place, config=first.config, optimizer=optimizer, order=order
+    )
+    return made
+
+
+def trained(
+    given: Setup, optimizer: Any, order: Order | None, bound: int | None
+) -> tuple[list[float], State, list[tuple[int, int]]]:
+    made = engine(given, optimizer, order, bound)
+    losses = [made.step(made.local_batch(b)) for b in runs.batches("chain", STEPS)]
+    state = made.full_state_dict()
+    return losses, state, made.engine.order_of_updates
+
+
+def in_order(given: Setup, order: Order, optimizer: Any) -> tuple[dict[int, list[float]], State]:
+    """A worker's gradient is of the weights that its own update before has left."""
+    model = runs.build("chain")
+    stepped = optimizer(list(model.parameters()))
+    weights = dict.fromkeys(
+        range(WORKERS), {n: p.detach().clone() for n, p in model.named_parameters()}
+    )
+    batches = runs.batches("chain", STEPS)
+    losses: dict[int, list[float]] = {w: [] for w in range(WORKERS)}
+    pairs = [(w, c) for w in range(WORKERS) for c in range(STEPS)]
+    for worker, clock in sorted(pairs, key=lambda pair: order(*pair)):
+        leaves = {n: t.clone().requires_grad_() for n, t in weights[worker].items()}
+        part = list(runs.micro_batches_of(batches[clock], WORKERS))[worker]
+        loss = torch.func.functional_call(model, leaves, (part["x"], part["labels"]))
+        losses[worker].append(loss.item())
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        stepped.step()
+        weights[worker] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    return losses, {n: p.detach() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("order", "bound", "optimizer"),
+    [
+        (round_robin, None, runs.momentum),
+        (reversed_rounds, None, runs.adam),
+        (one_far_ahead, None, runs.momentum),
+        (one_far_ahead, STEPS, runs.momentum),
+        (round_robin, 1, runs.adam),
+    ],
+)
+def test_same_as_one_process_in_that_order(
+    order: Order, bound: int | None, optimizer: Any, ranks: Pool
+) -> None:
+    pins = pins_of(bound)
+    given = runs.setup("chain", **pins)
+    results = ranks.run(trained, given, optimizer, order, bound)
+    losses, state = in_order(given, order, optimizer)
+    for worker in range(WORKERS):
+        assert results[worker][0] == pytest.approx(losses[worker], abs=1e-12)
+        assert [order(*made) for made in results[worker][2]] == list(range(WORKERS * STEPS))
+    for name, tensor in state.items():
+        torch.testing.assert_close(results[0][1][name], tensor, rtol=0, atol=1e-12)
+
+
+def slow_worker(given: Setup, bound: int | None) -> list[tuple[int, int]]:
+    """Worker 3 takes its time; what server 0 has seen."""
+    made = engine(given, runs.momentum, None, bound)
+    for batch in runs.batches("chain", STEPS):
+        if made._place.rank == 3:
+            time.sleep(0.3)
+        made.step(made.local_batch(batch))
+    made.drain()
+    order: list[tuple[int, int]] = made.engine.order_of_updates
+    return order
+
+
+@pytest.mark.parametrize("bound", [None, 0, 1])
+def test_the_bound_holds(bound: int | None, ranks: Pool) -> None:
+    pins = pins_of(bound)
+    for made in ranks.run(slow_worker, runs.setup("chain", **pins), bound):
+        clocks, furthest, late = [0] * WORKERS, 0, 0
+        fetched, waiting = [0] * WORKERS, set[int]()
+        for done, (worker, clock) in enumerate(made):
+            late = max(late, done - fetched[worker])
+            clocks[worker] = clock + 1
+            furthest = max(furthest, max(clocks) - min(clocks))
+            waiting.add(worker)
+            for one in [w for w in waiting if clocks[w] - min(clocks) <= (bound or 0)]:
+                fetched[one] = done + 1
+                waiting.remove(one)
+        if bound is None:
+            assert furthest > 1, made  # nobody waits for the slow one
+        else:
+            assert furthest <= bound + 1, made
+            assert late <= most_stale(WORKERS, bound), made
+
+
+def lost_worker(given: Setup) -> tuple[str, float]:
+    """Worker 3 does nothing; with a bound the others cannot go on for ever."""
+    made = runs.parallel(given)
+    made._place = Worker.create(0, timeout=timedelta(seconds=3))
+    engine = made.engine
+    start = time.monotonic()
+    if made._place.rank == 3:
+        engine._server.start()
+        time.sleep(6)
+        return "", 0.0
+    try:
+        made.step(made.local_batch(runs.batches("chain", 1)[0]))
+    except LaunchError as error:
+        return str(error), time.monotonic() - start
+    return "", time.monotonic() - start
+
+
+def test_a_worker_that_hangs_ends_the_others(ranks: Pool) -> None:
+    results = ranks.run(lost_worker, runs.setup("chain", data_parallel="ssp", staleness=0))
+    ranks.close()
+    for message, seconds in results[:3]:
+        assert "worker" in message or "another rank" in message, results
+        assert seconds < 20
+
+
+def saved(given: Setup, folder: Path) -> tuple[float, float, State, State]:
+    made = engine(given, runs.adam, round_robin, None)
+    batches = runs.batches("chain", STEPS)
+    for batch in batches[:2]:
+        made.step(made.local_batch(batch))
+    made.save(folder)
+    again = runs.parallel(given, runs.adam)
+    again.load(folder)
+    one, other = (m.evaluate(m.local_batch(batches[2])) for m in (made, again))
+    for index in ("exp_avg", "exp_avg_sq"):
+        for slot, theirs in zip(made.engine.slots, again.engine.slots, strict=True):
+            state = made.optimizer.state[slot.local][index]
+            torch.testing.assert_close(state, again.optimizer.state[theirs.local][index])
+    return one, other, made.full_state_dict(), again.full_state_dict()
+
+
+def test_saves_weights_and_state_of_all_servers(tmp_path: Path, ranks: Pool) -> None:
+    given = runs.setup("chain", data_parallel="asp")
+    one, other, state, again = ranks.run(saved, given, tmp_path)[0]
+    model: nn.Module = runs.build("chain")
+    model.load_state_dict(state)
+    parts = runs.micro_batches_of(runs.batches("chain", 3)[2], WORKERS)
+    expected = [model(**part).item() for part in parts]
+    assert one == other == pytest.approx(sum(expected) / 4, abs=1e-12)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, again[name])
