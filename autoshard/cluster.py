@@ -153,6 +153,7 @@ class Level:
 
     Attributes:
         bytes_per_s: per rank of the group and direction.
+        chained: trees are chains here, as NCCL's are within a node.
     """
 
     size: int
@@ -160,6 +161,7 @@ class Level:
     bytes_per_s: float
     latency_s: float
     efficiency: Mapping[str, float]
+    chained: bool = False
 
     def rate(self, kind: str) -> float:
         """Bytes per second and rank that a collective of this kind reaches here."""
@@ -215,6 +217,7 @@ def link(cluster: Cluster, group_size: int, stride: int = 1) -> Link:
                 Level(
                     size=-(-reach // covered), members=covered, bytes_per_s=tier.bytes_per_s,
                     latency_s=tier.latency_s, efficiency=tier.efficiency,
+                    chained=tier is not cluster.tiers[-1],
                 )
             )  # fmt: skip
             covered = reach

@@ -64,12 +64,16 @@ def _ring_latency_s(levels: tuple[Level, ...]) -> float:
 
 
 def _tree_latency_s(levels: tuple[Level, ...]) -> float:
-    """The height of a double binary tree, which still carries the full bandwidth.
+    """The height of a double binary tree of nodes, which still carries the full bandwidth.
 
     Sanders, Speck & Traeff (2009), "Two-tree algorithms for full bandwidth broadcast, reduction
-    and scan"; NCCL's trees across nodes are these.
+    and scan"; NCCL's trees across nodes are these. Within a node its trees are chains.
     """
-    return sum(math.ceil(math.log2(lv.size)) * lv.latency_s for lv in levels)
+    total = 0.0
+    for level in levels:
+        steps = level.size - 1 if level.chained else math.ceil(math.log2(level.size))
+        total += steps * level.latency_s
+    return total
 
 
 def _all_to_all_s(local_bytes: float, link: Link) -> float:

@@ -12,17 +12,6 @@ from benchmarks.published.stacks import Stack
 UNLIMITED_BYTES = 2**60
 """Of memory: a layout that does not fit is priced all the same."""
 
-MEGATRON: dict[str, str] = {
-    "*.attention.[qkv].weight": "S(0)",
-    "*.attention.out.weight": "S(1)",
-    "*.feed_forward.gate.weight": "S(0)",
-    "*.feed_forward.up.weight": "S(0)",
-    "*.feed_forward.down.weight": "S(1)",
-    "embedding.weight": "S(0)",
-    "head.weight": "S(0)",
-}
-"""How Megatron (Shoeybi et al. 2019) and all that follow it split a layer's weights."""
-
 SCHEDULES: dict[str, str] = {
     "none": "none", "1f1b": "1f1b", "gpipe": "gpipe", "interleaved-1f1b": "interleaved-1f1b",
     "zb-1p": "zb-1p", "zb-2p": "zb-2p", "zb-h1": "zb-h1", "zb-v": "zb-v", "1f1b?": "1f1b",
@@ -67,7 +56,7 @@ def shape_of(row: Row, stack: Stack) -> Shape:
         sequence=row.seq, gated=gated,
         tied=(not llama) if stack.tied is None else stack.tied, rotary=llama, rms_norm=llama,
         bias=stack.bias and not llama, dropout=stack.dropout,
-        fused_attention=stack.fused_attention, experts=row.experts or 0,
+        fused_attention=stack.fused_attention, fused_projections=stack.fused_projections, experts=row.experts or 0,
         experts_per_token=row.topk or 0, shared_ffn=row.shared_expert_ffn or 0,
     )  # fmt: skip
 
@@ -102,7 +91,7 @@ def layout_of(row: Row, shape: Shape, stack: Stack) -> Layout:
         pins["data_parallel"] = "ddp"
     if (row.tp or 1) > 1:
         pins["sequence_parallel"] = bool(row.seq_parallel)
-        pins["sharding"] = _megatron(shape)
+        pins["sharding"] = megatron(shape)
     names = {"microbatch": "micro_batch_size", "recompute": "recompute", "zero_stage":
         "data_parallel", "tp": "tp", "pp": "pp", "dp": "dp"}  # fmt: skip
     left = [pin for column, pin in names.items() if getattr(row, column) in (None, "")]
@@ -136,16 +125,30 @@ def _recompute_pins(row: Row, stack: Stack) -> dict[str, object]:
     return {}
 
 
-def _megatron(shape: Shape) -> dict[str, str]:
-    """The pins whose weights the model has."""
-    return {
-        name: state
-        for name, state in MEGATRON.items()
-        if (shape.gated or "gate" not in name)
-        and (not shape.experts or "feed_forward" not in name)
-        and (shape.vocab or name.startswith("*"))
-        and not (shape.tied and name == "head.weight")
+def megatron(shape: Shape) -> dict[str, str]:
+    """How Megatron (Shoeybi et al. 2019) and all that follow it split a layer's weights.
+
+    What makes heads or the feed-forward part's inner width is split by rows (each of several
+    projections in one product on its own), what joins them again by columns, embedding and head by
+    vocabulary.
+    """
+    inner, kv = (n * shape.size_of_head for n in (shape.heads, shape.kv_heads))
+    joint = shape.fused_projections
+    pins = {
+        "*.attention.qkv.*.weight": f"S(0;{inner},{kv},{kv})" if joint else "S(0)",
+        "*.attention.out.weight": "S(1)",
     }
+    if not shape.experts:
+        if not shape.gated:
+            pins["*.feed_forward.up.weight"] = "S(0)"
+        else:
+            pins["*.feed_forward.up.*.weight"] = f"S(0;{shape.ffn},{shape.ffn})" if joint else "S(0)"
+        pins["*.feed_forward.down.weight"] = "S(1)"
+    if shape.vocab:
+        pins["embedding.weight"] = "S(0)"
+        if not shape.tied:
+            pins["head.weight"] = "S(0)"
+    return pins
 
 
 def stages_of(layers: int, pp: int, *, embeds: bool) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ class Stack:
         years: first and last year.
         software: what prices follow.
         fused_attention: FlashAttention or a kernel like it.
+        fused_projections: query, key and value are one product, and so are gate and up.
         dropout: of the model, in training.
         llama: RMSNorm, no biases, rotary positions, embedding apart; ``None``: as gated models are.
         bias: linear layers of GPT models have one.
@@ -54,6 +55,7 @@ class Stack:
     years: tuple[int, int] = (0, 9999)
     software: Software = field(default_factory=Software)
     fused_attention: bool = True
+    fused_projections: bool = True
     dropout: float = 0.0
     llama: bool | None = None
     bias: bool = True
@@ -113,13 +115,14 @@ STACKS: tuple[Stack, ...] = (
         memory_unit_bytes=GIB, memory="state"),
     Stack(families="mosaic-*", notes="PURE", software=FOUNDRY_PURE, bias=False),
     Stack(families="mosaic-*", software=FOUNDRY, bias=False),
-    Stack(families="torchtitan-*", notes="eager", software=TITAN, selective=EVERY_SECOND_PRODUCT,
+    Stack(families="torchtitan-*", notes="eager", software=TITAN, fused_projections=False, selective=EVERY_SECOND_PRODUCT,
         memory_unit_bytes=GIB),
-    Stack(families="torchtitan-*", software=TITAN_COMPILED, selective=EVERY_SECOND_PRODUCT,
+    Stack(families="torchtitan-*", software=TITAN_COMPILED, fused_projections=False, selective=EVERY_SECOND_PRODUCT,
         memory_unit_bytes=GIB),
     Stack(families="internevo-*", software=INTERN),
-    Stack(families="kempner-*", notes="without torch.compile", software=TITAN),
-    Stack(families="kempner-*", software=KEMPNER),
+    Stack(families="kempner-*", notes="without torch.compile", software=TITAN,
+        fused_projections=False),
+    Stack(families="kempner-*", software=KEMPNER, fused_projections=False),
     # Sources that this table does not know, by what was usual in their year.
     Stack(years=(0, 2022), software=MEGATRON, fused_attention=False, dropout=0.1),
     Stack(software=MEGATRON_CORE),
