@@ -15,6 +15,7 @@ from autoshard.ir import Graph, Op, Program, TensorType
 from autoshard.options import Constraints
 from autoshard.placement.conversion import conversion_states, is_conversion
 from autoshard.placement.state import State
+from autoshard.plan.expert_axis import expert_links
 from autoshard.plan.memo import RankClass
 from autoshard.plan.plan import Assignment, Mesh
 from autoshard.plan.recompute import LayerCosts, MenuEntry, pinned_menu, recompute_menu
@@ -64,7 +65,7 @@ def axis_links(cluster: Cluster, mesh: Mesh) -> dict[str, Link]:
         "tp": link(cluster, mesh.tp, 1),
         "cp": link(cluster, mesh.cp, mesh.tp),
         "dp": link(cluster, mesh.dp, mesh.cp * mesh.tp),
-        "ep": link(cluster, mesh.ep, mesh.cp * mesh.tp),
+        **expert_links(cluster, mesh.ep, mesh.cp * mesh.tp, mesh.tp),
     }
 
 
@@ -223,8 +224,7 @@ def collective_seconds(
         return None
     if is_conversion(op):
         return _conversion_s(op, found[0], costs)
-    pairs = [costs.inner_collectives(op, group) for group in found]
-    return sum(f for f, _ in pairs), sum(b for _, b in pairs)
+    return costs.inner_collectives(op, links)
 
 
 def sum_over_tp_s(

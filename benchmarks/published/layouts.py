@@ -80,9 +80,11 @@ def layout_of(row: Row, shape: Shape, stack: Stack) -> Layout:
         if getattr(row, axis) is not None:
             pins[axis] = getattr(row, axis)
     if (row.ep or 1) > 1:
-        pins["ep"] = row.ep
+        pins["ep"] = _expert_ranks(row)
     if row.microbatch is not None:
         pins["micro_batch_size"] = row.microbatch
+    elif stack.micro_batch is not None:
+        pins["micro_batch_size"] = stack.micro_batch
     pins |= _pipeline_pins(row, shape, stack) if (row.pp or 1) > 1 else {}
     pins |= _recompute_pins(row, stack)
     if row.zero_stage is not None and (row.dp or 0) > 1:
@@ -91,10 +93,13 @@ def layout_of(row: Row, shape: Shape, stack: Stack) -> Layout:
         pins["data_parallel"] = "ddp"
     if (row.tp or 1) > 1:
         pins["sequence_parallel"] = bool(row.seq_parallel)
-        pins["sharding"] = megatron(shape)
+        pins["sharding"] = megatron(shape, folded=_is_folded(row))
     names = {"microbatch": "micro_batch_size", "recompute": "recompute", "zero_stage":
         "data_parallel", "tp": "tp", "pp": "pp", "dp": "dp"}  # fmt: skip
-    left = [pin for column, pin in names.items() if getattr(row, column) in (None, "")]
+    left = [
+        pin for column, pin in names.items()
+        if getattr(row, column) in (None, "") and pin not in pins
+    ]  # fmt: skip
     if (row.pp or 1) > 1 and "schedule" not in pins:
         left.append("schedule")
     return Layout(Constraints.of(pins), tuple(left))
@@ -106,13 +111,38 @@ def _pipeline_pins(row: Row, shape: Shape, stack: Stack) -> dict[str, object]:
     schedule = SCHEDULES[row.schedule]
     chunks = 1
     if schedule in ("interleaved-1f1b", "zb-v"):
-        if row.vpp is None:  # the planner's choice
-            return {}
-        chunks = row.vpp
+        chunks = row.vpp or _most_chunks(row, shape)
     pins: dict[str, object] = {"schedule": schedule, "virtual_stages": chunks}
     if stack.equal_stages:
         pins["stages"] = stages_of(shape.layers, (row.pp or 1) * chunks, embeds=shape.vocab > 0)
     return pins
+
+
+def _most_chunks(row: Row, shape: Shape) -> int:
+    """Where a source interleaves and does not say how much: as much as layers divide."""
+    pp = row.pp or 1
+    return next(
+        (n for n in range(shape.layers // pp, 0, -1) if shape.layers % (pp * n) == 0), 1
+    )
+
+
+def _is_folded(row: Row) -> bool:
+    """Experts are whole on each of neighbouring ranks, tensor ranks included ("ETP=1" in notes)."""
+    return (row.ep or 1) > 1 and "ETP=1" in row.notes
+
+
+def _expert_ranks(row: Row) -> int:
+    """The data-parallel ranks that experts are spread over.
+
+    Raises:
+        Unpredictable: experts are spread over a part of the tensor ranks.
+    """
+    ep, tp = row.ep or 1, row.tp or 1
+    if not _is_folded(row):
+        return ep
+    if ep % tp:
+        raise Unpredictable(f"experts on each of {ep} ranks, of which tp={tp} is no divisor")
+    return ep // tp
 
 
 def _recompute_pins(row: Row, stack: Stack) -> dict[str, object]:
@@ -125,12 +155,12 @@ def _recompute_pins(row: Row, stack: Stack) -> dict[str, object]:
     return {}
 
 
-def megatron(shape: Shape) -> dict[str, str]:
+def megatron(shape: Shape, *, folded: bool = False) -> dict[str, str]:
     """How Megatron (Shoeybi et al. 2019) and all that follow it split a layer's weights.
 
     What makes heads or the feed-forward part's inner width is split by rows (each of several
     projections in one product on its own), what joins them again by columns, embedding and head by
-    vocabulary.
+    vocabulary. So are experts, or, ``folded``, they are dealt whole.
     """
     inner, kv = (n * shape.size_of_head for n in (shape.heads, shape.kv_heads))
     joint = shape.fused_projections
@@ -138,7 +168,11 @@ def megatron(shape: Shape) -> dict[str, str]:
         "*.attention.qkv.*.weight": f"S(0;{inner},{kv},{kv})" if joint else "S(0)",
         "*.attention.out.weight": "S(1)",
     }
-    if not shape.experts:
+    if shape.experts:
+        width = f"S(1;{shape.ffn},{shape.ffn})" if shape.gated else "S(1)"
+        pins["*.feed_forward.up"] = "S(0)" if folded else width
+        pins["*.feed_forward.down"] = "S(0)" if folded else "S(2)"
+    else:
         if not shape.gated:
             pins["*.feed_forward.up.weight"] = "S(0)"
         else:

@@ -44,6 +44,7 @@ class Stack:
         bias: linear layers of GPT models have one.
         tied: the head uses the embedding's weight; ``None``: in GPT models.
         selective: ops that their selective recompute runs again.
+        micro_batch: samples of a micro-batch where a source does not say.
         equal_stages: stages have equal numbers of layers; else they are balanced by cost.
         memory_unit_bytes: what their sources call a GB.
         memory: what their sources count: the ``peak``, ``activations`` (with the state, without
@@ -61,6 +62,7 @@ class Stack:
     bias: bool = True
     tied: bool | None = None
     selective: tuple[str, ...] = CORE_ATTENTION
+    micro_batch: int | None = None
     equal_stages: bool = True
     memory_unit_bytes: float = 1e9
     memory: str = "peak"
@@ -80,7 +82,7 @@ MEGATRON = _software(
 MEGATRON_FP16 = _software(
     "Megatron-LM, gradients summed in fp16", 2, overlaps_reduction=False, fuses_pointwise=True
 )
-MEGATRON_CORE = _software("Megatron Core", 4, fuses_pointwise=True)
+MEGATRON_CORE = _software("Megatron Core", 4, reduced_bytes=4, fuses_pointwise=True)
 ALEPH = _software("Aleph Alpha Scaling", 2, overlaps_reduction=False, fuses_pointwise=True)
 # The gradient as backward makes it, and the sum in float32.
 NANOTRON = _software("nanotron", 6, reduced_bytes=2, fuses_pointwise=True)
@@ -109,7 +111,7 @@ STACKS: tuple[Stack, ...] = (
     Stack(families="zb-*", software=MEGATRON, fused_attention=False),
     Stack(families="alpa-*", software=ALPA, fused_attention=False, memory_unit_bytes=GIB),
     # FlashAttention from here on.
-    Stack(families="moefold-*", software=MEGATRON_CORE, llama=True),
+    Stack(families="moefold-*", software=MEGATRON_CORE, llama=True, micro_batch=1),
     Stack(families="aleph-*", software=ALEPH),
     Stack(families="nanotron-*", software=NANOTRON, equal_stages=False, tied=True,
         memory_unit_bytes=GIB, memory="state"),
