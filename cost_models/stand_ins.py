@@ -136,7 +136,7 @@ def _fused_lstm(op: Op, env: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 def _split_embedding(op: Op, env: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The ids moved into the local range, and which of them are in it."""
-    ids = op.operands[0].type
+    ids = next(v.type for v in op.operands if not v.type.dtype.is_floating_point)
     return _saving(op, env, _Choice(extra_bytes=ids.nbytes + ids.numel))
 
 

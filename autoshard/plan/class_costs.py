@@ -10,7 +10,7 @@ from itertools import groupby
 from autoshard.cluster import Cluster, Link, link
 from autoshard.cost_models.compute import OpCost, fan_out_s, work_cost
 from autoshard.cost_models.costs import CostModel
-from autoshard.cost_models.memory import SavedActivations
+from autoshard.cost_models.memory import SavedActivations, regathered
 from autoshard.ir import Graph, Op, Program, TensorType
 from autoshard.options import Constraints
 from autoshard.placement.conversion import conversion_states, is_conversion
@@ -164,9 +164,14 @@ class _Class:
         forward = self._launched(forward, self.rank.launches[0] + moves[0])
         backward = self._launched(backward, self.rank.launches[1] + moves[1])
         saved = self.rank.saved
+        if self.software.regathers:
+            saved = regathered(graph, saved)
         layer = LayerCosts(graph=graph, forward_s=forward, saved=saved, shared_inputs=shared)
         if self.recompute_ops:
-            menu = pinned_menu(layer, lambda op: names_op(self.recompute_ops, name, op))
+            menu = pinned_menu(
+                layer, lambda op: names_op(self.recompute_ops, name, op),
+                regions=self.software.checkpoints_regions,
+            )  # fmt: skip
         else:
             menu = recompute_menu(layer, max(2, num_points))
         trainable = {v.name: v.type for v in graph.parameters if v.type.differentiable}

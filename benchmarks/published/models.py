@@ -32,6 +32,7 @@ class Shape:
         rms_norm: RMSNorm instead of LayerNorm.
         bias: linear layers have one.
         dropout: of attention probabilities and of what each half of a layer adds.
+        wide_logits: the loss is computed on a float32 copy of the logits.
         fused_attention: one kernel that keeps no score.
         fused_projections: query, key and value are one product, and so are gate and up.
     """
@@ -52,6 +53,7 @@ class Shape:
     rms_norm: bool = False
     bias: bool = True
     dropout: float = 0.0
+    wide_logits: bool = True
     fused_attention: bool = True
     fused_projections: bool = False
     head_dim: int = 0
@@ -85,8 +87,10 @@ class Decoder(nn.Module):
         x = F.dropout(x, shape.dropout, self.training)
         for layer in self.layers:
             x = layer(x, angles)
-        logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        logits = self.head(self.norm(x)).flatten(0, 1)
+        if shape.wide_logits:
+            logits = logits.float()
+        return F.cross_entropy(logits, targets.flatten())
 
 
 class Layers(nn.Module):

@@ -162,11 +162,12 @@ def _reported(plan: Plan, stack: Stack) -> int:
     """What the source counts of the fullest stage."""
     if stack.memory == "peak":
         return plan.prediction.peak_bytes
-    return max(
-        m.parameters + m.gradients + m.optimizer
-        + (m.activations if stack.memory == "activations" else 0)
-        for m in (stage.memory for stage in plan.stages)
-    )  # fmt: skip
+    ranks = dict.fromkeys(plan.homes, 0)
+    for home, stage in zip(plan.homes, plan.stages, strict=True):
+        m = stage.memory
+        ranks[home] += m.parameters + m.gradients + m.optimizer
+        ranks[home] += m.activations if stack.memory == "activations" else 0
+    return max(ranks.values())
 
 
 def _in_words(plan: Plan) -> str:

@@ -40,6 +40,8 @@ class Stack:
         fused_attention: FlashAttention or a kernel like it.
         fused_projections: query, key and value are one product, and so are gate and up.
         dropout: of the model, in training.
+        wide_logits: the loss is computed on a float32 copy of the logits, rather than by a kernel
+            that widens as it reads.
         llama: RMSNorm, no biases, rotary positions, embedding apart; ``None``: as gated models are.
         bias: linear layers of GPT models have one.
         tied: the head uses the embedding's weight; ``None``: in GPT models.
@@ -58,6 +60,7 @@ class Stack:
     fused_attention: bool = True
     fused_projections: bool = True
     dropout: float = 0.0
+    wide_logits: bool = True
     llama: bool | None = None
     bias: bool = True
     tied: bool | None = None
@@ -77,12 +80,16 @@ class Stack:
 
 
 MEGATRON = _software(
-    "Megatron-LM", 4, reduced_bytes=2, overlaps_reduction=False, fuses_pointwise=True
+    "Megatron-LM", 4, reduced_bytes=2, overlaps_reduction=False, fuses_pointwise=True,
+    regathers=True, fuses_accumulation=True, checkpoints_regions=True,
 )
 MEGATRON_FP16 = _software(
     "Megatron-LM, gradients summed in fp16", 2, overlaps_reduction=False, fuses_pointwise=True
 )
-MEGATRON_CORE = _software("Megatron Core", 4, reduced_bytes=4, fuses_pointwise=True)
+MEGATRON_CORE = _software(
+    "Megatron Core", 4, reduced_bytes=4, fuses_pointwise=True, regathers=True,
+    fuses_accumulation=True, checkpoints_regions=True,
+)
 ALEPH = _software("Aleph Alpha Scaling", 2, overlaps_reduction=False, fuses_pointwise=True)
 # The gradient as backward makes it, and the sum in float32.
 NANOTRON = _software("nanotron", 6, reduced_bytes=2, fuses_pointwise=True)
@@ -115,8 +122,9 @@ STACKS: tuple[Stack, ...] = (
     Stack(families="aleph-*", software=ALEPH),
     Stack(families="nanotron-*", software=NANOTRON, equal_stages=False, tied=True,
         memory_unit_bytes=GIB, memory="state"),
-    Stack(families="mosaic-*", notes="PURE", software=FOUNDRY_PURE, bias=False),
-    Stack(families="mosaic-*", software=FOUNDRY, bias=False),
+    Stack(families="mosaic-*", notes="PURE", software=FOUNDRY_PURE, bias=False,
+        wide_logits=False),
+    Stack(families="mosaic-*", software=FOUNDRY, bias=False, wide_logits=False),
     Stack(families="torchtitan-*", notes="eager", software=TITAN, fused_projections=False, selective=EVERY_SECOND_PRODUCT,
         memory_unit_bytes=GIB),
     Stack(families="torchtitan-*", software=TITAN_COMPILED, fused_projections=False, selective=EVERY_SECOND_PRODUCT,
