@@ -195,6 +195,6 @@ def test_what_ops_communicate_within_themselves() -> None:
     smooth = replace(plain, args=(logits, target, None, -100, 0.1))
     for op, facts in ((plain, 2), (smooth, 3)):
         expected = collective_s("all_gather", facts * 1000 * 4 * 4, on)
-        assert inner_collectives_s(op, on) == (expected, 0)
+        assert inner_collectives_s(op, {"tp": on}) == (expected, 0)
     elsewhere = replace(plain, target="aten.cross_entropy_loss.default", kwargs=())
-    assert inner_collectives_s(elsewhere, on) == (0, 0)
+    assert inner_collectives_s(elsewhere, {"tp": on}) == (0, 0)

@@ -12,7 +12,7 @@ import torch
 
 from autoshard.errors import OptionError
 from benchmarks.published.__main__ import main
-from benchmarks.published.layouts import MEGATRON, Unpredictable, layout_of, shape_of, stages_of
+from benchmarks.published.layouts import Unpredictable, layout_of, shape_of, stages_of
 from benchmarks.published.machines import cluster_of
 from benchmarks.published.metrics import (
     Confusion,
@@ -128,7 +128,11 @@ class TestLayouts:
         assert (pins.pp, pins.dp, pins.tp, pins.micro_batch_size) == (2, 1, 2, 2)
         assert (pins.stages, pins.recompute, pins.data_parallel) == ((2, 2), "full", "ddp")
         assert pins.sequence_parallel is False
-        assert set(pins.sharding) == set(MEGATRON) - {"*.feed_forward.gate.weight", "head.weight"}
+        assert pins.sharding == {
+            "*.attention.qkv.*.weight": "S(0;256,256,256)", "*.attention.out.weight": "S(1)",
+            "*.feed_forward.up.weight": "S(0)", "*.feed_forward.down.weight": "S(1)",
+            "embedding.weight": "S(0)",
+        }  # fmt: skip
         assert layout.open == ()
 
     def test_what_is_left_open(self) -> None:
