@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
 
 from autoshard.cluster import Cluster, Link, link
 from autoshard.cost_models.compute import OpCost, fan_out_s, work_cost
 from autoshard.cost_models.costs import CostModel
+from autoshard.cost_models.float8 import in_float8
 from autoshard.cost_models.memory import SavedActivations, regathered
+from autoshard.cost_models.work import work_of
 from autoshard.ir import Graph, Op, Program, TensorType
 from autoshard.options import Constraints
 from autoshard.placement.conversion import conversion_states, is_conversion
@@ -101,7 +103,9 @@ def cost_classes(
         assignment = assignments.get(layer.name)
         key = (layer.name, repr(assignment))
         if key not in known:
-            one = _Class(ranks[layer.name], links, costs, software, pins.recompute_ops)
+            float8 = software.float8_products and layer.kind == "layer"
+            own = replace(software, float8_products=float8)
+            one = _Class(ranks[layer.name], links, costs, own, pins.recompute_ops)
             known[key] = one.cost(
                 layer.name, assignment, shared[layer.name],
                 num_points if layer.kind == "layer" else 0,
@@ -189,9 +193,11 @@ class _Class:
         )  # fmt: skip
 
     def _op(self, op: Op) -> OpCost:
-        if self.software.fuses_pointwise:
-            return work_cost(self.rank.fused[op.name], self.costs.cluster.device)
-        return self.costs.op(op)
+        software, device = self.software, self.costs.cluster.device
+        if not (software.fuses_pointwise or software.float8_products):
+            return self.costs.op(op)
+        work = self.rank.fused[op.name] if software.fuses_pointwise else work_of(op)
+        return work_cost(in_float8(op, work) if software.float8_products else work, device)
 
     def _launched(self, seconds: dict[str, float], kernels: int) -> dict[str, float]:
         """The device waits for the host where that takes longer over all ops of the class.

@@ -18,7 +18,7 @@ SCHEDULES: dict[str, str] = {
     "1f1b (interleave degree not printed)": "1f1b", "interleaved?": "interleaved-1f1b",
 }  # fmt: skip
 """How a schedule is named in a file -> how the planner names it."""
-PRECISIONS = ("bf16", "fp16")
+PRECISIONS = ("bf16", "fp16", "fp8")
 
 
 class Unpredictable(Exception):

@@ -24,7 +24,8 @@ from benchmarks.published.models import Decoder, Layers, Shape
 from benchmarks.published.rows import Row
 from benchmarks.published.stacks import Stack, stack_of
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""Of parameters and activations; in 8 bits there are only products' operands."""
 MANY_DIVIDE = 8 * math.lcm(*range(1, 17))
 """A batch that micro-batches of up to 16 samples divide, and most larger ones in use."""
 Price = Callable[[Cluster, Software], CostModel]
@@ -101,13 +102,14 @@ class Predictor:
         self, row: Row, stack: Stack, layout: Layout, cluster: Cluster, program: Program,
         price: Price,
     ) -> Prediction:  # fmt: skip
-        costs = price(cluster, stack.software)
+        software = replace(stack.software, float8_products=row.precision == "fp8")
+        costs = price(cluster, software)
 
         def planned(memory_bytes: int | None) -> Plan:
             return find_plan(
                 program, cluster=costs.cluster, world_size=row.gpus, optimizer="adam",
                 constraints=replace(layout.pins, memory_bytes=memory_bytes), costs=costs,
-                software=stack.software, num_samples=row.global_batch,
+                software=software, num_samples=row.global_batch,
                 memo=self.memos.setdefault(program.fingerprint, Memo(keeps_shardings=True)),
             )  # fmt: skip
 
@@ -131,7 +133,7 @@ class Predictor:
 
         Samples of a decoder do not interact, so costs depend on the micro-batch alone.
         """
-        key = (shape, row.precision)
+        key = (shape, str(DTYPES[row.precision]))
         size = row.microbatch or 1
         known = self.programs.get(key)
         if known is None or known.batch_size % size:

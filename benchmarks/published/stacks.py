@@ -6,7 +6,7 @@ What a source does not say is taken from the software's defaults at the time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from autoshard.software import Software
@@ -35,6 +35,7 @@ class Stack:
     Attributes:
         families: ``fnmatch`` pattern of their families.
         notes: text that has to be in their notes.
+        pipelined: whether they have several stages; ``None``: either.
         years: first and last year.
         software: what prices follow.
         fused_attention: FlashAttention or a kernel like it.
@@ -55,6 +56,7 @@ class Stack:
 
     families: str = "*"
     notes: str = ""
+    pipelined: bool | None = None
     years: tuple[int, int] = (0, 9999)
     software: Software = field(default_factory=Software)
     fused_attention: bool = True
@@ -75,6 +77,7 @@ class Stack:
         return (
             fnmatchcase(row.family, self.families)
             and self.notes in row.notes
+            and self.pipelined in (None, (row.pp or 1) > 1)
             and first <= (row.year or last) <= last
         )
 
@@ -97,9 +100,14 @@ FOUNDRY = _software("llm-foundry (FSDP)", 4, reduced_bytes=4)
 FOUNDRY_PURE = _software("llm-foundry (FSDP, pure bf16)", 4, reduced_bytes=2)
 TITAN = _software("torchtitan", 4, reduced_bytes=4)
 TITAN_COMPILED = _software("torchtitan, compiled", 4, reduced_bytes=4, fuses_pointwise=True)
-INTERN = _software("InternEvo", 2)
-KEMPNER = _software("KempnerForge, compiled", 4, reduced_bytes=4, fuses_pointwise=True)
-ALPA = _software("Alpa (XLA)", 2, fuses_pointwise=True, overlaps_reduction=False)
+# The gradient as backward makes it, flattened for its reduction, and the optimizer's float32 copy.
+INTERN = _software("InternEvo", 8, reduced_bytes=2)
+# Parameters, gradients and states in bf16, as the memory of its runs on one device says.
+KEMPNER = Software(name="KempnerForge", reduced_bytes=4)
+KEMPNER_COMPILED = replace(KEMPNER, name="KempnerForge, compiled", fuses_pointwise=True)
+ALPA = _software(
+    "Alpa (XLA)", 2, fuses_pointwise=True, overlaps_reduction=False, overlaps_gathering=False
+)
 
 STACKS: tuple[Stack, ...] = (
     # Megatron before FlashAttention: fused softmax, gelu and dropout kernels, scores in memory,
@@ -130,9 +138,10 @@ STACKS: tuple[Stack, ...] = (
     Stack(families="torchtitan-*", software=TITAN_COMPILED, fused_projections=False, selective=EVERY_SECOND_PRODUCT,
         memory_unit_bytes=GIB),
     Stack(families="internevo-*", software=INTERN),
-    Stack(families="kempner-*", notes="without torch.compile", software=TITAN,
-        fused_projections=False),
-    Stack(families="kempner-*", software=KEMPNER, fused_projections=False),
+    Stack(families="kempner-*", pipelined=True, software=KEMPNER,
+        fused_projections=False, micro_batch=4),
+    Stack(families="kempner-*", software=KEMPNER_COMPILED, fused_projections=False,
+        micro_batch=4),
     # Sources that this table does not know, by what was usual in their year.
     Stack(years=(0, 2022), software=MEGATRON, fused_attention=False, dropout=0.1),
     Stack(software=MEGATRON_CORE),
