@@ -56,8 +56,8 @@ def shape_of(row: Row, stack: Stack) -> Shape:
         sequence=row.seq, gated=gated,
         tied=(not llama) if stack.tied is None else stack.tied, rotary=llama, rms_norm=llama,
         bias=stack.bias and not llama, dropout=stack.dropout, wide_logits=stack.wide_logits,
-        fused_attention=stack.fused_attention, fused_projections=stack.fused_projections, experts=row.experts or 0,
-        experts_per_token=row.topk or 0, shared_ffn=row.shared_expert_ffn or 0,
+        fused_attention=stack.fused_attention, fused_projections=stack.fused_projections,
+        experts=row.experts or 0, experts_per_token=row.topk or 0, shared_ffn=row.shared_expert_ffn or 0,
     )  # fmt: skip
 
 
@@ -87,9 +87,10 @@ def layout_of(row: Row, shape: Shape, stack: Stack) -> Layout:
         pins["micro_batch_size"] = stack.micro_batch
     pins |= _pipeline_pins(row, shape, stack) if (row.pp or 1) > 1 else {}
     pins |= _recompute_pins(row, stack)
-    if row.zero_stage is not None and (row.dp or 0) > 1:
+    replicas = (row.dp or 0) * (row.cp or 1)
+    if row.zero_stage is not None and replicas > 1:
         pins["data_parallel"] = ("ddp", "zero1", "zero2", "zero3")[row.zero_stage]
-    elif row.dp == 1:
+    elif replicas == 1:
         pins["data_parallel"] = "ddp"
     if (row.tp or 1) > 1:
         pins["sequence_parallel"] = bool(row.seq_parallel)
@@ -121,9 +122,7 @@ def _pipeline_pins(row: Row, shape: Shape, stack: Stack) -> dict[str, object]:
 def _most_chunks(row: Row, shape: Shape) -> int:
     """Where a source interleaves and does not say how much: as much as layers divide."""
     pp = row.pp or 1
-    return next(
-        (n for n in range(shape.layers // pp, 0, -1) if shape.layers % (pp * n) == 0), 1
-    )
+    return next((n for n in range(shape.layers // pp, 0, -1) if shape.layers % (pp * n) == 0), 1)
 
 
 def _is_folded(row: Row) -> bool:
@@ -176,7 +175,9 @@ def megatron(shape: Shape, *, folded: bool = False) -> dict[str, str]:
         if not shape.gated:
             pins["*.feed_forward.up.weight"] = "S(0)"
         else:
-            pins["*.feed_forward.up.*.weight"] = f"S(0;{shape.ffn},{shape.ffn})" if joint else "S(0)"
+            pins["*.feed_forward.up.*.weight"] = (
+                f"S(0;{shape.ffn},{shape.ffn})" if joint else "S(0)"
+            )
         pins["*.feed_forward.down.weight"] = "S(1)"
     if shape.vocab:
         pins["embedding.weight"] = "S(0)"

@@ -142,9 +142,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, shape.hidden, bias=shape.bias)
 
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in self.qkv(x)
-        )
+        q, k, v = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in self.qkv(x))
         if angles is not None:
             q, k = _rotated(q, angles), _rotated(k, angles)
         return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))

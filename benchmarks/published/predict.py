@@ -163,7 +163,7 @@ def captured(shape: Shape, batch_size: int, dtype: torch.dtype) -> Program:
 def _reported(plan: Plan, stack: Stack) -> int:
     """What the source counts of the fullest stage."""
     if stack.memory == "peak":
-        return plan.prediction.peak_bytes
+        return plan.prediction.peak_bytes + round(stack.memory_besides)
     ranks = dict.fromkeys(plan.homes, 0)
     for home, stage in zip(plan.homes, plan.stages, strict=True):
         m = stage.memory

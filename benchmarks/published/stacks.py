@@ -13,6 +13,10 @@ from autoshard.software import Software
 from benchmarks.published.rows import Row
 
 GIB = 2.0**30
+CONTEXT = 2 * GIB
+"""What nvidia-smi counts beside tensors: CUDA context, kernels, NCCL buffers."""
+BUCKETS = 4 * 2 * 5e8
+"""DeepSpeed's flat buffers for reduction and gathering, two of each, 5e8 16-bit elements."""
 MIXED = {"master_bytes": 4, "state_bytes": 4}
 """Adam in float32 on a float32 copy of 16-bit parameters (Micikevicius et al. 2018)."""
 
@@ -50,6 +54,7 @@ class Stack:
         micro_batch: samples of a micro-batch where a source does not say.
         equal_stages: stages have equal numbers of layers; else they are balanced by cost.
         memory_unit_bytes: what their sources call a GB.
+        memory_besides: bytes that their sources count beside what a plan does.
         memory: what their sources count: the ``peak``, ``activations`` (with the state, without
             workspace), or the ``state`` that stays between steps.
     """
@@ -70,6 +75,7 @@ class Stack:
     micro_batch: int | None = None
     equal_stages: bool = True
     memory_unit_bytes: float = 1e9
+    memory_besides: float = 0.0
     memory: str = "peak"
 
     def fits(self, row: Row) -> bool:
@@ -85,14 +91,14 @@ class Stack:
 MEGATRON = _software(
     "Megatron-LM", 4, reduced_bytes=2, overlaps_reduction=False, fuses_pointwise=True,
     regathers=True, fuses_accumulation=True, checkpoints_regions=True,
-)
+)  # fmt: skip
 MEGATRON_FP16 = _software(
     "Megatron-LM, gradients summed in fp16", 2, overlaps_reduction=False, fuses_pointwise=True
 )
 MEGATRON_CORE = _software(
     "Megatron Core", 4, reduced_bytes=4, fuses_pointwise=True, regathers=True,
     fuses_accumulation=True, checkpoints_regions=True,
-)
+)  # fmt: skip
 ALEPH = _software("Aleph Alpha Scaling", 2, overlaps_reduction=False, fuses_pointwise=True)
 # The gradient as backward makes it, and the sum in float32.
 NANOTRON = _software("nanotron", 6, reduced_bytes=2, fuses_pointwise=True)
@@ -100,8 +106,8 @@ FOUNDRY = _software("llm-foundry (FSDP)", 4, reduced_bytes=4)
 FOUNDRY_PURE = _software("llm-foundry (FSDP, pure bf16)", 4, reduced_bytes=2)
 TITAN = _software("torchtitan", 4, reduced_bytes=4)
 TITAN_COMPILED = _software("torchtitan, compiled", 4, reduced_bytes=4, fuses_pointwise=True)
-# The gradient as backward makes it, flattened for its reduction, and the optimizer's float32 copy.
-INTERN = _software("InternEvo", 8, reduced_bytes=2)
+
+INTERN = _software("InternEvo", 2)
 # Parameters, gradients and states in bf16, as the memory of its runs on one device says.
 KEMPNER = Software(name="KempnerForge", reduced_bytes=4)
 KEMPNER_COMPILED = replace(KEMPNER, name="KempnerForge, compiled", fuses_pointwise=True)
@@ -120,10 +126,11 @@ STACKS: tuple[Stack, ...] = (
     Stack(families="megatron2020-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
     Stack(families="korthikanti-*", software=MEGATRON, fused_attention=False, dropout=0.1,
         memory_unit_bytes=GIB, memory="activations"),
-    Stack(families="bloom-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
+    Stack(families="bloom-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1,
+        memory_besides=CONTEXT + BUCKETS),
     Stack(families="vtrain-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
     Stack(families="megascale-*", software=MEGATRON, fused_attention=False, dropout=0.1),
-    Stack(families="zb-*", software=MEGATRON, fused_attention=False),
+    Stack(families="zb-*", software=MEGATRON, fused_attention=False, dropout=0.1),
     Stack(families="alpa-*", software=ALPA, fused_attention=False, memory_unit_bytes=GIB),
     # FlashAttention from here on.
     Stack(families="moefold-*", software=MEGATRON_CORE, llama=True, micro_batch=1),
@@ -133,10 +140,10 @@ STACKS: tuple[Stack, ...] = (
     Stack(families="mosaic-*", notes="PURE", software=FOUNDRY_PURE, bias=False,
         wide_logits=False),
     Stack(families="mosaic-*", software=FOUNDRY, bias=False, wide_logits=False),
-    Stack(families="torchtitan-*", notes="eager", software=TITAN, fused_projections=False, selective=EVERY_SECOND_PRODUCT,
-        memory_unit_bytes=GIB),
-    Stack(families="torchtitan-*", software=TITAN_COMPILED, fused_projections=False, selective=EVERY_SECOND_PRODUCT,
-        memory_unit_bytes=GIB),
+    Stack(families="torchtitan-*", notes="eager", software=TITAN, fused_projections=False,
+        selective=EVERY_SECOND_PRODUCT, memory_unit_bytes=GIB),
+    Stack(families="torchtitan-*", software=TITAN_COMPILED, fused_projections=False,
+        selective=EVERY_SECOND_PRODUCT, memory_unit_bytes=GIB),
     Stack(families="internevo-*", software=INTERN),
     Stack(families="kempner-*", pipelined=True, software=KEMPNER,
         fused_projections=False, micro_batch=4),
