@@ -408,7 +408,9 @@ class Search:
             whole = {name: replicated(graph) for name, graph in local.graphs.items()}
             return Sharding(assignments=whole, seconds=0.0, key="")
         pace, mesh = configuration.paces, configuration.mesh
-        kept = (tp, mesh.cp, mesh.ep, price, self.request.constraints.sequence_parallel)
+        pins = self.request.constraints
+        pinned = tuple(sorted(pins.sharding.items()))
+        kept = (tp, mesh.cp, mesh.ep, price, pins.sequence_parallel, pinned)
         if self.memo.keeps_shardings and kept in self.memo.shardings:
             return self.memo.shardings[kept]
         shardings = self._shardings_of(configuration)
@@ -428,7 +430,9 @@ class Search:
             try:
                 self._shardings[key] = self._timed(
                     "sharding",
-                    lambda: Shardings(tensor_problem(self.request, local, tp, self.costs)),
+                    lambda: Shardings(
+                        tensor_problem(self.request, local, configuration.mesh, self.costs)
+                    ),
                 )
             except OptionError as refusal:
                 self._refusals.append(refusal)

@@ -120,7 +120,7 @@ class StageCosts:
     def _accumulate_s(self, layer: ClassCosts) -> float:
         """To add a micro-batch's gradients to those before it, on average over a step."""
         m = self.configuration.num_micro_batches
-        if m == 1 or not layer.parameters:
+        if m == 1 or not layer.parameters or self._software.fuses_accumulation:
             return 0.0
         held = sum(
             t.numel
