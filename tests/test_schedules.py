@@ -38,7 +38,8 @@ def held(schedule: Schedule, per_stage: float = 1.0) -> list[float]:
 
 
 def test_all_schedules_are_tested() -> None:
-    assert {name for name, _ in CASES} == set(SCHEDULES)
+    """Those of older weights are in test_versioned.py."""
+    assert {name for name, _ in CASES} == {n for n, kind in SCHEDULES.items() if not kind.stale}
 
 
 @settings(deadline=None)
