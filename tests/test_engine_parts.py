@@ -390,7 +390,7 @@ def test_wrong_configurations() -> None:
 
 def wrong_schedule(schedule: str | Schedule) -> None:
     mesh = Mesh.create({"pp": 2, "dp": 1, "tp": 1})
-    with using(mesh), pytest.raises(OptionError, match="stages"):
+    with using(mesh), pytest.raises(OptionError, match="ranks and"):
         config = EngineConfig(batch=batch_values(SIZE), num_micro_batches=2, schedule=schedule)
         Engine(Stage(mesh.rank("pp"), 2, torch.float64), mesh=mesh, config=config)
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from autoshard.errors import OptionError
 from autoshard.runtime.mesh import Mesh
-from autoshard.runtime.parameters import local_part
+from autoshard.runtime.parameters import local_part, plain, set_local_gradient
 
 MODES = ("ddp", "zero1", "zero2", "zero3")
 
@@ -49,17 +49,6 @@ class DataParallel(Protocol):
 
     def end_forward(self) -> None:
         """Call after forwards without backward: gives back what was gathered for them."""
-
-
-def set_local_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
-    """Give a parameter the gradient of the part that this rank holds."""
-    if gradient is None or not isinstance(parameter, DTensor):
-        parameter.grad = gradient
-        return
-    parameter.grad = DTensor.from_local(
-        gradient, parameter.device_mesh, parameter.placements, run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
 
 
 def is_split_over_dp(tensor: Tensor, mesh: Mesh) -> bool:
@@ -101,6 +90,8 @@ def data_parallel(
         )
     apart = set(apart)
     trainable = [p for p in stage.parameters() if p.requires_grad and p not in apart]
+    if size == 1 or mode == "ddp":
+        trainable = [plain(p) for p in trainable]
     if size == 1 or not trainable:
         return Alone()
     if mode == "ddp":
@@ -267,7 +258,7 @@ class Sharded:
             # Without both, FSDP2 divides by the number of ranks (or by powers of two of it).
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        self._rest = Replicated([p for p in not_shardable if p.requires_grad], group)
+        self._rest = Replicated([plain(p) for p in not_shardable if p.requires_grad], group)
 
     def before_backward(self, *, last: bool) -> None:
         self._stage.set_is_last_backward(last)

@@ -43,6 +43,9 @@ from autoshard.runtime.parameters import (
     Parameter,
     declared,
     local_part,
+    plain,
+    plain_leaf,
+    return_gradients,
     sum_partial_gradients,
 )
 from autoshard.runtime.pipeline import Pipeline, Runner, SingleStage
@@ -253,6 +256,7 @@ class Engine:
     def _reduce_gradients(self) -> None:
         for reduction in self._data_parallel:
             reduction.finish()
+        return_gradients(self.module)
         sum_partial_gradients(self.module)
         self._ties.sum_gradients(self.slots)
         if self.config.standalone > 1:
@@ -408,7 +412,7 @@ def _prepare_data_parallel(
         )
         for stage in stages
     ]  # fmt: skip
-    trained = [p for p in shared if p.requires_grad]
+    trained = [plain(p) for p in shared if p.requires_grad]
     together = [Replicated(trained, group)] if group is not None and trained else []
     return (*per_stage, *together)
 
@@ -475,4 +479,10 @@ def _slots(stage: nn.Module, mesh: Mesh, ties: Ties) -> Iterator[Slot]:
             and (is_split_over_dp(tensor, mesh) or mesh.rank(mesh.replicas) == 0)
             and mesh.rank("pp") == min(ties.stages.get(name, (mesh.rank("pp"),)))
         )
-        yield Slot(name, declaration, tensor, nn.Parameter(local_part(tensor)), counted)
+        yield Slot(name, declaration, tensor, _stepped(tensor), counted)
+
+
+def _stepped(parameter: nn.Parameter) -> nn.Parameter:
+    """What the optimizer steps: the leaf that forward uses, if there is one."""
+    leaf = plain_leaf(parameter)
+    return nn.Parameter(local_part(parameter)) if leaf is None else leaf

@@ -29,7 +29,8 @@ from autoshard.runtime.mesh import Mesh, current
 
 __all__ = [
     "Container", "Layer", "Parameter", "Split", "attach", "declared", "load_parameters", "local",
-    "local_part", "pieces_of", "sum_partial_gradients", "whole",
+    "local_part", "pieces_of", "plain", "plain_leaf", "return_gradients", "set_local_gradient",
+    "sum_partial_gradients", "whole",
 ]  # fmt: skip
 
 
@@ -228,8 +229,12 @@ def local(parameter: Tensor, size: int | None = None) -> Tensor:
     """
     if not isinstance(parameter, DTensor):
         return _with_own_gradient(parameter.view_as(parameter), parameter)
-    tensor = parameter.to_local(grad_placements=parameter.placements)
-    tensor = _with_own_gradient(tensor, parameter)
+    leaf = plain_leaf(parameter)
+    if leaf is not None:
+        tensor = _with_own_gradient(leaf.view_as(leaf), leaf)
+    else:
+        tensor = parameter.to_local(grad_placements=parameter.placements)
+        tensor = _with_own_gradient(tensor, parameter)
     (placement,) = parameter.placements
     if not isinstance(placement, Shard):
         return tensor
@@ -257,6 +262,51 @@ def _with_own_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:
 
         tensor.register_hook(own)  # type: ignore[no-untyped-call]
     return tensor
+
+
+_PLAIN = "_autoshard_plain"
+
+
+def plain(parameter: nn.Parameter) -> nn.Parameter:
+    """This rank's part of a parameter as a leaf of its own, which :func:`local` uses from then on.
+
+    It shares the parameter's memory and gathers its gradient, until :func:`return_gradients`: to go
+    through the DTensor at each use takes longer than a small layer, forward and backward. Only for
+    parameters that stay where they are: FSDP2 replaces those that it splits.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    if _PLAIN not in parameter.__dict__:
+        leaf = nn.Parameter(local_part(parameter), requires_grad=parameter.requires_grad)
+        parameter.__dict__[_PLAIN] = leaf
+    found: nn.Parameter = parameter.__dict__[_PLAIN]
+    return found
+
+
+def plain_leaf(parameter: Tensor) -> nn.Parameter | None:
+    """What :func:`plain` has made for a parameter."""
+    found: nn.Parameter | None = parameter.__dict__.get(_PLAIN)
+    return found
+
+
+def return_gradients(module: nn.Module) -> None:
+    """Give the gradients of plain leaves to the parameters that they are parts of."""
+    for _, _, tensor in declared(module):
+        leaf = plain_leaf(tensor)
+        if leaf is not None and leaf.grad is not None:
+            set_local_gradient(tensor, leaf.grad)
+            leaf.grad = None
+
+
+def set_local_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
+    """Give a parameter the gradient of the part that this rank holds."""
+    if gradient is None or not isinstance(parameter, DTensor):
+        parameter.grad = gradient
+        return
+    parameter.grad = DTensor.from_local(
+        gradient, parameter.device_mesh, parameter.placements, run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
 
 
 def local_part(tensor: Tensor) -> Tensor:
