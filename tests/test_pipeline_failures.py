@@ -118,7 +118,7 @@ class Idle(nn.Module):
 def test_a_stage_without_parameters() -> None:
     """What has no parameters joins a part that has, so three stages are too many."""
     given = capture(Idle(), example_inputs={"x": torch.randn(8, 4)}, model_name="idle")
-    with pytest.raises(OptionError, match="pp may be at most 2 .parts with parameters"):
+    with pytest.raises(OptionError, match=r"pp may be at most 2 .parts with parameters"):
         plan_of(given, 3, {"pp": 3})
 
 
