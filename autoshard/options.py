@@ -220,8 +220,8 @@ class Constraints:
         if self.replicas is not None:
             if self.pp not in (None, len(self.replicas)):
                 raise OptionError(
-                    f"constraint replicas={self.replicas} has {len(self.replicas)} stages but pp is "
-                    f"{self.pp}: drop one of the two pins"
+                    f"constraint replicas={self.replicas} has {len(self.replicas)} stages but pp "
+                    f"is {self.pp}: drop one of the two pins"
                 )
             object.__setattr__(self, "pp", len(self.replicas))
 

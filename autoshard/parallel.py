@@ -336,8 +336,8 @@ class Parallel:
 
         rank, size = self._share
         return GlobalBatchSampler(
-            dataset, self.plan.global_batch_size, rank=rank, size=size, seed=self.plan.seed if seed is None else seed,
-            shuffle=shuffle,
+            dataset, self.plan.global_batch_size, rank=rank, size=size, shuffle=shuffle,
+            seed=self.plan.seed if seed is None else seed,
         )  # fmt: skip
 
     def _aliases(self) -> dict[str, str]:

@@ -1,13 +1,13 @@
 """Pipelines whose stages are replicated unevenly and whose weights have versions, as data.
 
-Stage ``s`` lies on ``replicas[s]`` ranks, which take the micro-batches in turn: micro-batch ``i`` is
-run, forward and backward, by replica ``i mod replicas[s]``. So a batch needs no cutting between
+Stage ``s`` lies on ``replicas[s]`` ranks, which take the micro-batches in turn: micro-batch ``i``
+is run, forward and backward, by replica ``i mod replicas[s]``. So a batch needs no cutting between
 stages of different width: a whole micro-batch goes from the replica that made it to the one whose
 turn it is.
 
 An action is ``<stage>F<micro-batch>@<version>`` or ``<stage>B<micro-batch>@<version>``, where a
-version is the number of updates that the weights have had, or ``<stage>S<version>``: the replicas of
-the stage sum their gradients and step to that version. The rules of the schedules:
+version is the number of updates that the weights have had, or ``<stage>S<version>``: the replicas
+of the stage sum their gradients and step to that version. The rules of the schedules:
 
 | schedule | flush | an update per | version of micro-batch ``i`` in stage ``s`` |
 |---|---|---|---|

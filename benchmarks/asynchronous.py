@@ -6,8 +6,8 @@ stashing and with vertical sync, PipeDream-2BW, asynchronous data parallelism (A
 form (SSP). Prints a table of losses and writes the curves as one plot.
 
 Then predicts VGG16 on 16 V100 GPUs over links of several speeds: data parallelism against the
-PipeDream plan that the planner finds (Narayanan et al. 2019, table 1, has 15-1 on 4 x 4 of them with
-10 Gb/s Ethernet, 5.28 times as fast per epoch).
+PipeDream plan that the planner finds (Narayanan et al. 2019, table 1, has 15-1 on 4 x 4 of them
+with 10 Gb/s Ethernet, 5.28 times as fast per epoch).
 
 Run ``python -m benchmarks.asynchronous`` (``--updates 100`` for a short look, ``--predict`` for the
 second part alone).
@@ -300,8 +300,8 @@ def v100_cluster(gigabits: float, per_node: int = 4) -> Cluster:
 
 
 def gain(gigabits: float, world_size: int = 16, per_node: int = 4) -> tuple[float, Plan]:
-    """How many times as many samples a second the best PipeDream plan trains on as data parallelism,
-    with 64 samples per GPU or minibatch, and that plan."""
+    """By how much the best PipeDream plan has more samples a second than data parallelism, and that
+    plan; 64 samples per GPU or minibatch."""
 
     def planned(minibatches: int, pins: Mapping[str, Any]) -> Plan:
         samples = 64 * minibatches

@@ -48,7 +48,7 @@ class Chain(nn.Module):
 
 
 class SmallVGG16(nn.Module):
-    """VGG16's thirteen convolutions and three linear layers (Simonyan and Zisserman 2014), narrow."""
+    """VGG16 (Simonyan and Zisserman 2014), narrow: 13 convolutions and 3 linear layers."""
 
     def __init__(self, width: int = 4, size: int = 32, classes: int = 10) -> None:
         super().__init__()

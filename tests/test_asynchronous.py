@@ -65,9 +65,8 @@ def in_order(given: Setup, order: Order, optimizer: Any) -> tuple[dict[int, list
     """A worker's gradient is of the weights that its own update before has left."""
     model = runs.build("chain")
     stepped = optimizer(list(model.parameters()))
-    weights = dict.fromkeys(
-        range(WORKERS), {n: p.detach().clone() for n, p in model.named_parameters()}
-    )
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    weights = {worker: start for worker in range(WORKERS)}
     batches = runs.batches("chain", STEPS)
     losses: dict[int, list[float]] = {w: [] for w in range(WORKERS)}
     pairs = [(w, c) for w in range(WORKERS) for c in range(STEPS)]

@@ -1,4 +1,4 @@
-"""Schedules with weight versions and replicas as data, their plans and the pins that ask for them."""
+"""Schedules with weight versions and replicas as data, their plans and pins."""
 
 from __future__ import annotations
 

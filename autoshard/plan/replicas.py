@@ -86,8 +86,8 @@ class ReplicatedSplit:
     bottleneck_s: float = math.inf
     missing_bytes: float = math.inf
     reason: str = (
-        "no cut into stages with parameters goes with the pins, keeps tied weights in one stage and "
-        "fits in memory"
+        "no cut into stages with parameters goes with the pins, keeps tied weights in one stage "
+        "and fits in memory"
     )
 
 

@@ -468,7 +468,8 @@ class _Choice:
             versions = holds(replica_rules(configuration, constraints.vertical_sync))[1]
         found = StagedPlan(
             program=self.request.program, configuration=configuration,
-            data_parallel=configuration.data_parallel[0], assignments=self.assignments, classes=self.classes,
+            data_parallel=configuration.data_parallel[0], assignments=self.assignments,
+            classes=self.classes,
             stages=tuple(stages), choices=tuple(choices),
             state=tuple(
                 self.prices_over(1).state(

@@ -85,8 +85,11 @@ def write_plan(
             seconds=dict(seconds), candidates=candidates,
         ),
         replicated=_replicated(request, best), coupled=coupled,
-        notes=(*_stale_notes(request, best), *_cut_notes(request), *_recompute_notes(request, best), *program.notes),
-         pins=request.constraints.pins,
+        notes=(
+            *_stale_notes(request, best), *_cut_notes(request), *_recompute_notes(request, best),
+            *program.notes,
+        ),
+        pins=request.constraints.pins,
     )  # fmt: skip
 
 

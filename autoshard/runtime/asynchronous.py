@@ -3,10 +3,10 @@
 Every rank is a worker and serves a share of the weights. A worker sends the gradient of its
 minibatch to the ranks that serve them, each of which makes one update per gradient, in the order of
 arrival, and answers with its newest weights: on those the worker goes on (Dean et al. 2012, "Large
-scale distributed deep networks", section 4.1). With a bound, a server answers a worker only when the
-slowest one is at most so many minibatches behind (Ho et al. 2013, "More effective distributed ML via
-a stale synchronous parallel parameter server"); with bound 0 all go in step, yet each gradient is an
-update of its own.
+scale distributed deep networks", section 4.1). With a bound, a server answers a worker only when
+the slowest one is at most so many minibatches behind (Ho et al. 2013, "More effective distributed
+ML via a stale synchronous parallel parameter server"); with bound 0 all go in step, yet each
+gradient is an update of its own.
 
 A server is a thread per worker, which waits for that worker's gradients. Servers do not agree on an
 order of arrival, so parameters of different servers may meet gradients in different orders.
@@ -67,8 +67,9 @@ class Worker:
         Args:
             timeout: after which a rank that waits for another gives up.
         """
-        groups = [dist.new_group(timeout=timeout) for _ in range(3)]
-        return Worker(dist.get_rank(), dist.get_world_size(), bound, *groups, timeout)
+        requests, answers, control = (dist.new_group(timeout=timeout) for _ in range(3))
+        rank, size = dist.get_rank(), dist.get_world_size()
+        return Worker(rank, size, bound, requests, answers, control, timeout)
 
     @property
     def mesh(self) -> Mesh:
@@ -161,8 +162,8 @@ class AsynchronousEngine:
             dist.all_gather_object(steps, self.step_number, group=self.worker.control)
             if len(set(steps)) > 1:
                 raise OptionError(
-                    f"expected all workers to have made the same number of steps before they drain, "
-                    f"save or evaluate together but got {steps}; make the same calls on every rank"
+                    "expected all workers to have made the same number of steps before they "
+                    f"drain, save or evaluate together but got {steps}; make the same calls on every rank"
                 )
             self._server.stop()
             for owner, share in enumerate(self._shares):
@@ -234,19 +235,19 @@ class AsynchronousEngine:
             torch.nn.utils.clip_grad_norm_([s.holder for s in self.slots], self.max_norm)
         sent, answers = [], []
         for owner, share in enumerate(self._shares):
-            message = self._gradient(share)
-            if owner == worker.rank:
-                answers.append((share, self._server.apply(worker.rank, message), None))
-                continue
-            sent.append((message, _isend(message, worker.requests, owner)))
-            buffer = torch.empty(message.numel() - 1, dtype=message.dtype, device=self.device)
-            answers.append((share, buffer, _irecv(buffer, worker.answers, owner)))
+            if owner != worker.rank:
+                message = self._gradient(share)
+                sent.append((message, _isend(message, worker.requests, owner)))
+                buffer = torch.empty(message.numel() - 1, dtype=message.dtype, device=self.device)
+                answers.append((share, buffer, _irecv(buffer, worker.answers, owner)))
+        own = self._shares[worker.rank]
+        weights = self._server.apply(worker.rank, self._gradient(own))
         for _, work in sent:
-            work.wait()
-        for share, weights, answer in answers:
-            if answer is not None:
-                self._server.wait(answer)
-            self._take(share, weights)
+            self._server.wait(work)
+        for share, buffer, answer in answers:
+            self._server.wait(answer)
+            self._take(share, buffer)
+        self._take(own, weights)
         if self.scheduler is not None:
             with self._server.lock:
                 self.scheduler.step()
@@ -325,18 +326,19 @@ class _Server:
             for index in self._share:
                 engine.slots[index].holder.copy_(engine.slots[index].local)
 
-    def wait(self, answer: dist.Work) -> None:
-        """For another server's answer.
+    def wait(self, message: dist.Work) -> None:
+        """For a message to another server, or its answer.
 
         Raises:
             LaunchError: it does not come, or this rank's server has failed.
         """
         try:
-            answer.wait()
+            message.wait()
         except RuntimeError as error:
             self._raise_failure()
             raise LaunchError(
-                f"expected weights from another rank but none came ({error}); see its output"
+                f"expected another rank to take gradients and send weights but it did not "
+                f"({error}); see its output"
             ) from error
 
     def apply(self, worker: int, message: Tensor) -> Tensor:
@@ -347,8 +349,8 @@ class _Server:
         """
         clock, engine = int(message[0].item()), self._engine
         with self.lock:
-            if self._order is not None:
-                self._await(lambda: len(self.made) == self._order(worker, clock), worker, clock)
+            if (order := self._order) is not None:
+                self._await(lambda: len(self.made) == order(worker, clock), worker, clock)
             self._update(message[1:])
             self.made.append((worker, clock))
             self._clocks[worker] = clock + 1
@@ -402,8 +404,8 @@ class _Server:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise LaunchError(
-                f"expected gradients from all workers but one has failed ({self._failure}); see its "
-                "output"
+                f"expected gradients from all workers but one has failed ({self._failure}); see "
+                "its output"
             ) from self._failure
 
 

@@ -25,13 +25,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from autoshard.errors import InternalError, OptionError
 from autoshard.ir import TensorType, Value
+from autoshard.plan.plan import BUCKET_BYTES
 from autoshard.runtime import data, launch, recorder
 from autoshard.runtime import mesh as meshes
 from autoshard.runtime import optimizer as optimizers
 from autoshard.runtime.agreement import fingerprint
 from autoshard.runtime.collectives import stack_over
 from autoshard.runtime.data_parallel import (
-    BUCKET_BYTES,
     DataParallel,
     Replicated,
     data_parallel,

@@ -39,8 +39,6 @@ from autoshard.runtime.random import make_key
 from autoshard.runtime.weight_versions import WeightVersions
 from autoshard.versioned import Action, Rules, dry_run
 
-_MAX_OPEN_SENDS = 4
-"""Sends that may be under way; older ones are waited for, so that what they send can be freed."""
 _STEPS_CHECKED = 3
 """Steps of a schedule that are run without tensors before it is run with them."""
 
@@ -69,13 +67,13 @@ class Place:
             timeout: after which a rank that waits for another gives up.
         """
         rank = dist.get_rank()
-        messages = [dist.new_group(timeout=timeout) for _ in range(3)]
+        forward, backward, losses = (dist.new_group(timeout=timeout) for _ in range(3))
         replicas = None
         for stage, count in enumerate(rules.replicas):
             if count > 1:
                 group = dist.new_group(list(rules.ranks_of(stage)), timeout=timeout)
                 replicas = group if rank in rules.ranks_of(stage) else replicas
-        return Place(rules, rank, *messages, replicas)
+        return Place(rules, rank, forward, backward, losses, replicas)
 
     @property
     def stage(self) -> int:
@@ -196,6 +194,7 @@ class ReplicatedEngine:
             finally:
                 module.train(was_training)
             self._losses.share()
+            self._losses.finish()
             return self._losses.take_last()
 
     def empty(self) -> None:
@@ -238,6 +237,7 @@ class ReplicatedEngine:
     def _empty(self) -> None:
         """The pipeline is: versions and micro-batches count from 0 again."""
         self._wire.finish()
+        self._losses.finish()
         self._versions.restart()
         self._fed = 0
         self._next_forward = self.place.rank - self.place.rules.ranks_of(self.place.stage)[0]
@@ -277,13 +277,9 @@ class ReplicatedEngine:
         reduction = self._reduction(self._versions.module(action.version))
         if reduction is not None:
             reduction.before_backward(last=updates)
-        gradients = self._wire.gradients(action)
+        gradients: Sequence[Tensor | None] = self._wire.gradients(action) or [None]
         differentiable = [t for t in flight.outputs if t.dtype.is_floating_point]
-        pairs = [
-            (t, g)
-            for t, g in zip(differentiable, gradients or [None], strict=True)
-            if t.requires_grad
-        ]
+        pairs = [(t, g) for t, g in zip(differentiable, gradients, strict=True) if t.requires_grad]
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         if reduction is not None and updates:
@@ -398,7 +394,7 @@ class _Wire:
         self._place, self._device = place, device
         self._inputs, self._outputs = config.inputs, config.outputs
         self._expected: dict[Action, list[tuple[Tensor, dist.Work]]] = {}
-        self._sends: deque[tuple[Tensor, dist.Work]] = deque()
+        self._sends: dict[tuple[int, str], deque[list[tuple[Tensor, dist.Work]]]] = {}
 
     def expect(self, action: Action) -> None:
         """Begin to receive what an action needs."""
@@ -446,31 +442,48 @@ class _Wire:
 
     def send_activations(self, action: Action, outputs: Sequence[Tensor]) -> None:
         peer = self._place.rules.home(action.stage + 1, action.micro_batch)
-        for tensor in outputs:
-            self._send(tensor.detach(), peer, self._place.forward)
+        self._send([t.detach() for t in outputs], action, peer, self._place.forward)
 
     def send_gradients(self, action: Action, inputs: Sequence[Tensor]) -> None:
         """Of the floating-point inputs; one that nothing has used has a gradient of zeros."""
         if action.stage == 0:
             return
         peer = self._place.rules.home(action.stage - 1, action.micro_batch)
-        for tensor in inputs:
-            if tensor.dtype.is_floating_point:
-                own = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-                self._send(own, peer, self._place.backward)
+        floating = [t for t in inputs if t.dtype.is_floating_point]
+        gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in floating]
+        self._send(gradients, action, peer, self._place.backward)
 
-    def _send(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
-        held = tensor.contiguous()
-        work = dist.isend(held, group=group, group_dst=peer)
-        assert work is not None
-        self._sends.append((held, work))
-        while len(self._sends) > _MAX_OPEN_SENDS and self._sends[0][1].is_completed():
-            self._sends.popleft()[1].wait()
+    def _send(
+        self, tensors: Sequence[Tensor], action: Action, peer: int, group: dist.ProcessGroup
+    ) -> None:
+        """Begin to send; waits for what must have arrived by now, so that it can be freed.
+
+        That is what was sent more micro-batches ago than the earlier of the two stages has in
+        flight: their backwards have run there, after the arrival of what they need.
+        """
+        open_ = self._sends.setdefault((peer, action.what), deque())
+        held = [t.contiguous() for t in tensors]
+        open_.append([(t, _isend(t, group, peer)) for t in held])
+        earlier = action.stage if action.what == "F" else action.stage - 1
+        while len(open_) > self._place.rules.in_flight(earlier) + 1:
+            _wait_all(open_.popleft())
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
-        while self._sends:
-            self._sends.popleft()[1].wait()
+        for open_ in self._sends.values():
+            while open_:
+                _wait_all(open_.popleft())
+
+
+def _isend(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> dist.Work:
+    work = dist.isend(tensor, group=group, group_dst=peer)
+    assert work is not None
+    return work
+
+
+def _wait_all(sends: Iterable[tuple[Tensor, dist.Work]]) -> None:
+    for _, work in sends:
+        work.wait()
 
 
 class _Losses:
@@ -486,7 +499,7 @@ class _Losses:
         self._fingerprint = 0
         self._parts: list[Tensor] = []
         self._open: deque[tuple[int, list[tuple[Tensor, dist.Work | None]]]] = deque()
-        self._sends: deque[tuple[Tensor, dist.Work]] = deque()
+        self._sends: deque[list[tuple[Tensor, dist.Work]]] = deque()
 
     def begin(self, batch: int) -> None:
         """A step begins, with a batch of this fingerprint."""
@@ -511,13 +524,17 @@ class _Losses:
             )
         self._open.append((self._fingerprint, arriving))
         if self._place.rank in self._senders:
-            for peer in range(self._place.rules.num_ranks):
-                if peer != self._place.rank:
-                    work = dist.isend(message, group=self._place.losses, group_dst=peer)
-                    assert work is not None
-                    self._sends.append((message, work))
-        while self._sends and self._sends[0][1].is_completed():
-            self._sends.popleft()[1].wait()
+            peers = [p for p in range(self._place.rules.num_ranks) if p != self._place.rank]
+            self._sends.append([(message, _isend(message, self._place.losses, p)) for p in peers])
+        # A step's activations come from ranks that have ended the step before, and so have taken
+        # the loss of ``delay`` steps before that.
+        while len(self._sends) > self._place.rules.delay + 3:
+            _wait_all(self._sends.popleft())
+
+    def finish(self) -> None:
+        """Wait until all that was sent has arrived: gloo drops what is freed before."""
+        while self._sends:
+            _wait_all(self._sends.popleft())
 
     def take(self, delay: int) -> float:
         """The oldest loss, if more than ``delay`` steps' are to be had; else ``nan``."""
