@@ -98,6 +98,9 @@ MEGATRON = _software(
 MEGATRON_FP16 = _software(
     "Megatron-LM, gradients summed in fp16", 2, overlaps_reduction=False, fuses_pointwise=True
 )
+DEEPSPEED_ZERO3 = _software(
+    "DeepSpeed ZeRO-3", 2, fuses_pointwise=True, overlaps_gathering=False, gathers_each=True
+)
 MEGATRON_CORE = _software(
     "Megatron Core", 4, reduced_bytes=4, fuses_pointwise=True, regathers=True,
     fuses_accumulation=True, checkpoints_regions=True,
@@ -122,9 +125,7 @@ ALPA = _software(
 STACKS: tuple[Stack, ...] = (
     # Megatron before FlashAttention: fused softmax, gelu and dropout kernels, scores in memory,
     # gradients reduced after the last backward.
-    Stack(families="ptdp-*", notes="ZeRO-3", software=Software(
-        name="DeepSpeed ZeRO-3", gradient_bytes=2, fuses_pointwise=True,
-        overlaps_gathering=False, gathers_each=True, **MIXED),
+    Stack(families="ptdp-*", notes="ZeRO-3", software=DEEPSPEED_ZERO3,
         fused_attention=False, dropout=0.1),
     Stack(families="ptdp-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
     Stack(families="megatron2020-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
