@@ -32,8 +32,8 @@ class Software:
         regathers: what ranks gather as a product's operand is kept in parts and gathered again in
             backward, beside the product that does not need it (Korthikanti et al. 2022, section
             4.2.2).
-        fuses_accumulation: products that make weights' gradients add to what was accumulated, rather
-            than a kernel of its own.
+        fuses_accumulation: the products that make gradients of weights add to what was accumulated,
+            rather than a kernel of its own.
         checkpoints_regions: named ops are recomputed as a region of their own, around which
             autograd saves what it always does; else the whole layer is recomputed, but for the
             results of the other ops.

@@ -57,7 +57,8 @@ def shape_of(row: Row, stack: Stack) -> Shape:
         tied=(not llama) if stack.tied is None else stack.tied, rotary=llama, rms_norm=llama,
         bias=stack.bias and not llama, dropout=stack.dropout, wide_logits=stack.wide_logits,
         fused_attention=stack.fused_attention, fused_projections=stack.fused_projections,
-        experts=row.experts or 0, experts_per_token=row.topk or 0, shared_ffn=row.shared_expert_ffn or 0,
+        experts=row.experts or 0, experts_per_token=row.topk or 0,
+        shared_ffn=row.shared_expert_ffn or 0,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ class Stack:
         families: ``fnmatch`` pattern of their families.
         notes: text that has to be in their notes.
         pipelined: whether they have several stages; ``None``: either.
+        sharded: whether parameters are sharded over data ranks (ZeRO-3, FSDP); ``None``: either.
         years: first and last year.
         software: what prices follow.
         fused_attention: FlashAttention or a kernel like it.
@@ -62,6 +63,7 @@ class Stack:
     families: str = "*"
     notes: str = ""
     pipelined: bool | None = None
+    sharded: bool | None = None
     years: tuple[int, int] = (0, 9999)
     software: Software = field(default_factory=Software)
     fused_attention: bool = True
@@ -84,6 +86,7 @@ class Stack:
             fnmatchcase(row.family, self.families)
             and self.notes in row.notes
             and self.pipelined in (None, (row.pp or 1) > 1)
+            and self.sharded in (None, row.zero_stage == 3)
             and first <= (row.year or last) <= last
         )
 
@@ -94,6 +97,9 @@ MEGATRON = _software(
 )  # fmt: skip
 MEGATRON_FP16 = _software(
     "Megatron-LM, gradients summed in fp16", 2, overlaps_reduction=False, fuses_pointwise=True
+)
+DEEPSPEED_ZERO3 = _software(
+    "DeepSpeed ZeRO-3", 2, fuses_pointwise=True, overlaps_gathering=False, gathers_each=True
 )
 MEGATRON_CORE = _software(
     "Megatron Core", 4, reduced_bytes=4, fuses_pointwise=True, regathers=True,
@@ -106,7 +112,8 @@ FOUNDRY = _software("llm-foundry (FSDP)", 4, reduced_bytes=4)
 FOUNDRY_PURE = _software("llm-foundry (FSDP, pure bf16)", 4, reduced_bytes=2)
 TITAN = _software("torchtitan", 4, reduced_bytes=4)
 TITAN_COMPILED = _software("torchtitan, compiled", 4, reduced_bytes=4, fuses_pointwise=True)
-
+FMS = _software("fms-fsdp, compiled", 4, reduced_bytes=2, fuses_pointwise=True)
+MAXTEXT = _software("MaxText (XLA)", 4, reduced_bytes=4, fuses_pointwise=True)
 INTERN = _software("InternEvo", 2)
 # Parameters, gradients and states in bf16, as the memory of its runs on one device says.
 KEMPNER = Software(name="KempnerForge", reduced_bytes=4)
@@ -118,9 +125,7 @@ ALPA = _software(
 STACKS: tuple[Stack, ...] = (
     # Megatron before FlashAttention: fused softmax, gelu and dropout kernels, scores in memory,
     # gradients reduced after the last backward.
-    Stack(families="ptdp-*", notes="ZeRO-3", software=Software(
-        name="DeepSpeed ZeRO-3", gradient_bytes=2, fuses_pointwise=True,
-        overlaps_gathering=False, gathers_each=True, **MIXED),
+    Stack(families="ptdp-*", notes="ZeRO-3", software=DEEPSPEED_ZERO3,
         fused_attention=False, dropout=0.1),
     Stack(families="ptdp-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
     Stack(families="megatron2020-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
@@ -149,8 +154,11 @@ STACKS: tuple[Stack, ...] = (
         fused_projections=False, micro_batch=4),
     Stack(families="kempner-*", software=KEMPNER_COMPILED, fused_projections=False,
         micro_batch=4),
+    Stack(families="ibm-*", software=FMS),
+    Stack(families="maxtext-*", software=MAXTEXT, fused_projections=False),
     # Sources that this table does not know, by what was usual in their year.
     Stack(years=(0, 2022), software=MEGATRON, fused_attention=False, dropout=0.1),
+    Stack(sharded=True, software=TITAN, fused_projections=False),
     Stack(software=MEGATRON_CORE),
 )  # fmt: skip
 
