@@ -163,7 +163,8 @@ class AsynchronousEngine:
             if len(set(steps)) > 1:
                 raise OptionError(
                     "expected all workers to have made the same number of steps before they "
-                    f"drain, save or evaluate together but got {steps}; make the same calls on every rank"
+                    f"drain, save or evaluate together but got {steps}; make the same calls on "
+                    "every rank"
                 )
             self._server.stop()
             for owner, share in enumerate(self._shares):
