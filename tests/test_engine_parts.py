@@ -395,16 +395,23 @@ def test_wrong_configurations() -> None:
         alone().step(batch(4, 0))
 
 
-def wrong_schedule(schedule: str | Schedule) -> None:
+def wrong_schedule(schedule: str | Schedule, words: str) -> None:
     mesh = Mesh.create({"pp": 2, "dp": 1, "tp": 1})
-    with using(mesh), pytest.raises(OptionError, match="stages"):
+    with using(mesh), pytest.raises(OptionError, match=words):
         config = EngineConfig(batch=batch_values(SIZE), num_micro_batches=2, schedule=schedule)
         Engine(Stage(mesh.rank("pp"), 2, torch.float64), mesh=mesh, config=config)
 
 
-@pytest.mark.parametrize("schedule", ["none", gpipe(2, 4)], ids=["none", "gpipe"])
-def test_schedule_that_does_not_fit(schedule: str | Schedule, ranks: Pool) -> None:
-    ranks.run(wrong_schedule, schedule, world=2)
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("none", "a pipeline schedule for 2 stages"),
+        (gpipe(2, 4), "2 ranks and 2 micro-batches but got one of 2 and 4"),
+    ],
+    ids=["none", "gpipe"],
+)
+def test_schedule_that_does_not_fit(schedule: str | Schedule, words: str, ranks: Pool) -> None:
+    ranks.run(wrong_schedule, schedule, words, world=2)
 
 
 # -- agreement ------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def step(plan_text: bytes, given: Program, trouble: str) -> tuple[str, float]:
 )
 def test_a_rank_that_stops_in_the_middle(schedule: str, trouble: str, ranks: Pool) -> None:
     plan = harness.encoded(plan_of(program(), 4, pins_of(schedule)))
-    results = ranks.run(step, plan, program(), trouble, timeout_s=60)
+    results = ranks.run(step, plan, program(), trouble)
     for rank, (error, seconds) in enumerate(results):
         assert seconds < 4 * TIMEOUT_S, results
         if rank == 1 and trouble == "fails":
@@ -81,7 +81,7 @@ def shorter(plan_text: bytes, given: Program) -> str:
 
 def test_another_sequence_length_is_refused_before_anything_is_sent(ranks: Pool) -> None:
     plan = harness.encoded(plan_of(program(), 4, pins_of("interleaved-1f1b")))
-    for text in ranks.run(shorter, plan, program(), timeout_s=60):
+    for text in ranks.run(shorter, plan, program()):
         assert "expected" in text and "shape" in text
 
 

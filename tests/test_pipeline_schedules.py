@@ -63,7 +63,7 @@ def expected(steps: int) -> harness.Trained:
 
 def trained(pool: Pool, plan: Plan, steps: int = 2) -> harness.Trained:
     arguments = (deep_gpt2, DTYPE, program(), harness.encoded(plan), steps)
-    return pool.run(harness.distributed, *arguments, timeout_s=60)[0]
+    return pool.run(harness.distributed, *arguments)[0]
 
 
 # -- every schedule -------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_skips_masks_and_statistics_of_batches(
     made = program_of(model, DTYPE, lifted)
     plan = plan_of(made, 4, pins_of(schedule, **pins))
     arguments = (model, DTYPE, made, harness.encoded(plan), 2)
-    found = ranks.run(harness.distributed, *arguments, timeout_s=60)[0]
+    found = ranks.run(harness.distributed, *arguments)[0]
     apart = difference(found, reference(model, DTYPE, lifted=lifted, steps=2))
     assert apart.worst <= 1e-8, apart
 
@@ -160,7 +160,7 @@ def evaluations(plan_text: bytes, given: Program) -> tuple[list[float], list[str
 @pytest.mark.parametrize("schedule", ["interleaved-1f1b", "zb-v", "zb-h1"])
 def test_evaluation_and_what_a_rank_holds(schedule: str, ranks: Pool) -> None:
     plan = plan_of(program(), 4, pins_of(schedule))
-    results = ranks.run(evaluations, harness.encoded(plan), program(), timeout_s=60)
+    results = ranks.run(evaluations, harness.encoded(plan), program())
     for losses, names, chunks in results:
         assert losses == results[0][0]
         assert losses[0] == pytest.approx(losses[1], rel=1e-12)
@@ -199,8 +199,8 @@ def test_checkpoints_of_several_stages_per_rank(
     before: dict[str, Any], after: dict[str, Any], ranks: Pool, tmp_path: Path
 ) -> None:
     plans = [plan_of(program(), 4, pins) for pins in (before, after)]
-    ranks.run(save, harness.encoded(plans[0]), program(), tmp_path, timeout_s=60)
-    losses = ranks.run(load, harness.encoded(plans[1]), program(), tmp_path, timeout_s=60)
+    ranks.run(save, harness.encoded(plans[0]), program(), tmp_path)
+    losses = ranks.run(load, harness.encoded(plans[1]), program(), tmp_path)
     for found in losses:
         assert found == pytest.approx(expected(4).losses[2:], rel=1e-9)
 
