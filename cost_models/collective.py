@@ -179,7 +179,7 @@ def inner_collectives_s(op: Op, links: Mapping[str, Link]) -> tuple[float, float
         if axis in links:
             own = _inner_s(op, links[axis])
             forward_s, backward_s = forward_s + own[0], backward_s + own[1]
-    if (axis := op.keywords.get("gathered")) in links:
+    if (axis := op.keywords.get("gathered", "")) in links:
         own = _gathered_s(op, links[axis])
         forward_s, backward_s = forward_s + own[0], backward_s + own[1]
     return forward_s, backward_s

@@ -230,7 +230,7 @@ def expert_rows(op: Op) -> float:
     rows = float(op.operands[2].type.numel)
     if op.keywords.get("way") == "own":
         rows *= op.operands[3].type.shape[0] / op.keywords["num_experts"]
-    return rows * op.keywords.get("gathered_ranks", 1)
+    return rows * float(op.keywords.get("gathered_ranks", 1))
 
 
 def attention(op: Op, operands: Operands) -> Work:
