@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from autoshard.cost_models.costs import AnalyticCosts, CostModel
 from autoshard.errors import InfeasibleError, OptionError
 from autoshard.ir import Program
 from autoshard.options import Constraints
+from autoshard.plan.alternatives import alternative, front, runners_up, time_first
 from autoshard.plan.bounds import (
     Bound,
     WholeModel,
@@ -40,7 +41,7 @@ from autoshard.plan.expert_axis import spread_experts
 from autoshard.plan.infeasible import lacking_least, why_infeasible
 from autoshard.plan.local_program import LocalProgram, coupling, localise_batch
 from autoshard.plan.memo import Memo, RankClass, rank_classes
-from autoshard.plan.plan import Candidate, Plan
+from autoshard.plan.plan import Alternative, Candidate, Plan
 from autoshard.plan.request import Request
 from autoshard.plan.sharding_front import PRICES, Sharding, Shardings
 from autoshard.plan.space import Configuration, configurations
@@ -52,9 +53,16 @@ from autoshard.software import OWN, Software
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
+Solved = tuple[Alternative, StagedPlan]
 
 WORTH_KNOWING = 1.05
 """Plans that are slower than the best so far by more than this factor are not worked out."""
+FEW_RUNNERS_UP = 3
+"""Runner-up plans that are solved even if they are known to be slower."""
+NUM_LEANER = 2
+"""Configurations that are solved again in less memory for the front of time against memory."""
+LEANER = (0.8, 0.6, 0.4, 0.2)
+"""Shares of its peak memory that such a configuration may then use."""
 NUM_CANDIDATES = 20
 """Configurations that did not win which a plan remembers."""
 
@@ -117,6 +125,38 @@ def find_plan(
     return plan_measured(search, program, cluster, world_size, progress=progress)
 
 
+class _Open:
+    """The configurations that are not solved yet, by a lower bound on their step time.
+
+    Args:
+        levels: bounds, each tighter and dearer than the one before; infinite: nothing fits.
+    """
+
+    def __init__(
+        self,
+        space: Sequence[Configuration],
+        levels: Sequence[Callable[[Configuration], float]],
+    ) -> None:
+        self._space = space
+        self._levels = levels
+        self.queue: list[tuple[float, int, int]] = [(0.0, 0, i) for i in range(len(space))]
+
+    @property
+    def least_s(self) -> float:
+        """None of them takes less."""
+        return self.queue[0][0]
+
+    def pop(self) -> Configuration | None:
+        """The most promising one, if its bound is as tight as it gets; else tighten that."""
+        bound_s, level, index = heapq.heappop(self.queue)
+        if level == len(self._levels):
+            return self._space[index]
+        tighter = self._levels[level](self._space[index])
+        if tighter < float("inf"):
+            heapq.heappush(self.queue, (max(bound_s, tighter), level + 1, index))
+        return None
+
+
 @dataclass(slots=True)
 class Search:
     """The search and what it has computed so far.
@@ -134,10 +174,12 @@ class Search:
     evaluated: int = 0
     coupled: tuple[str, ...] = ()
     _best: StagedPlan | None = None
+    _solved: list[StagedPlan] = field(default_factory=list)
     _rejected: dict[Configuration, Infeasible] = field(default_factory=dict)
     _least_s: float = float("inf")
     _candidates: list[Candidate] = field(default_factory=list)
     _refusals: list[OptionError] = field(default_factory=list)
+    _open: _Open = field(default_factory=lambda: _Open((), ()))
     _whole: WholeModel | None = None
     _recompute: dict[Configuration, Bound] = field(default_factory=dict)
     _local_s: dict[tuple[int, bool], float] = field(default_factory=dict)
@@ -153,6 +195,14 @@ class Search:
                 raise self._refusals[0]
             nearest = lacking_least(self._rejected, self._lack_exactly)
             raise why_infeasible(self.request, nearest, self.is_feasible)
+        compared_s = best.step_s
+        if self.request.time_limit_s is None:
+            self._solve_runners_up()
+        solved = [(alternative(staged), staged) for staged in self._solved]
+        leaner = self._timed("front", lambda: self._in_less_memory(solved))
+        # What the search compares by is a little more than an uneven pipeline takes: of those that
+        # it solved, the simulation has the last word.
+        chosen, best = min((*solved, *leaner), key=lambda pair: time_first(pair[0]))
         local = self._exact(best.configuration)
         shared = {c.name for c in self.request.program.classes if c.kind == "shared"}
         # How shared ops lie on tp depends on how the batch is split, step by step.
@@ -160,7 +210,9 @@ class Search:
         best = replace(best, assignments={**best.assignments, **exact})
         return write_plan(
             self.request, best, local, self.costs, coupled=self.coupled, bound_s=self._least_s,
-            candidates=self._runners_up(best), seconds=self.seconds,
+            compared_s=compared_s, candidates=self._others_than(best),
+            runners_up=runners_up(chosen, [found for found, _ in solved]),
+            front=front([found for found, _ in (*solved, *leaner)]), seconds=self.seconds,
         )  # fmt: skip
 
     def search(self, *, first: bool = False) -> StagedPlan | None:
@@ -179,28 +231,27 @@ class Search:
             coupled=bool(self.coupled), standalone=request.standalone,
             num_samples=request.num_samples,
         )  # fmt: skip
-        queue: list[tuple[float, int, int]] = [(0.0, 0, i) for i in range(len(space))]
         levels: tuple[Callable[[Configuration], float], ...] = ()
         if len(space) > 1:  # else nothing to prune
             levels = (
                 self._bound_from_whole, self._bound_from_ops,
                 self._bound_from_shardings, self._bound_from_sharding,
             )  # fmt: skip
-        while queue:
-            bound_s, level, index = heapq.heappop(queue)
+        left = self._open = _Open(space, levels)
+        while left.queue:
             if self._best is not None:
                 late = request.time_limit_s is not None and (
                     time.perf_counter() - start > request.time_limit_s
                 )
-                if first or late or bound_s >= self._best.step_s:
-                    self._least_s = min(self._least_s, bound_s, self._best.step_s)
+                if first or late or left.least_s >= self._best.step_s:
+                    self._least_s = min(self._least_s, left.least_s, self._best.step_s)
                     break
-            if level < len(levels):
-                tighter = levels[level](space[index])
-                if tighter < float("inf"):
-                    heapq.heappush(queue, (max(bound_s, tighter), level + 1, index))
-                continue
-            self._evaluate(space[index], bound_s, f"{len(queue)} of {len(space)} left")
+            bound_s = left.least_s
+            configuration = left.pop()
+            if configuration is not None:
+                self._evaluate(
+                    configuration, bound_s, f"{len(left.queue)} of {len(space)} left"
+                )  # fmt: skip
         return self._best
 
     def is_feasible(self, request: Request) -> bool:
@@ -462,7 +513,45 @@ class Search:
 
     # -- the record -------------------------------------------------------------------------------
 
+    def _solve_runners_up(self) -> None:
+        """Solve the most promising other meshes and schedules, if few were solved so far."""
+        kinds = {alternative(staged).kind for staged in self._solved}
+        tries = 0
+        while self._open.queue and len(kinds) <= FEW_RUNNERS_UP and tries < 2 * FEW_RUNNERS_UP:
+            configuration = self._open.pop()
+            if configuration is None or configuration.kind in kinds:
+                continue
+            tries += 1
+            for price in PRICES:
+                sharding = self._sharding(configuration, price)
+                found = self._staged(configuration, sharding) if sharding else None
+                if isinstance(found, StagedPlan):
+                    kinds.add(configuration.kind)
+                    self._solved.append(found)
+                    self._record(configuration, found, "")
+                    break
+
+    def _in_less_memory(self, solved: Sequence[Solved]) -> list[Solved]:
+        """The fastest configurations of two meshes or schedules, with less memory to use."""
+        by_kind: dict[tuple[object, ...], StagedPlan] = {}
+        for other, staged in sorted(solved, key=lambda pair: time_first(pair[0])):
+            by_kind.setdefault(other.kind, staged)
+        found = []
+        for staged in list(by_kind.values())[:NUM_LEANER]:
+            for share in LEANER:
+                memory = int(share * staged.peak_bytes)
+                pins = replace(self.request.constraints, memory_bytes=memory)
+                outcome = choose_stages(
+                    replace(self.request, constraints=pins), staged.configuration,
+                    staged.assignments, staged.classes, self.costs,
+                )  # fmt: skip
+                if not isinstance(outcome, StagedPlan):
+                    break
+                found.append((alternative(outcome), outcome))
+        return found
+
     def _accept(self, found: StagedPlan) -> None:
+        self._solved.append(found)
         self._record(found.configuration, found, "")
         if self._best is None or found.step_s < self._best.step_s:
             self._best = found
@@ -485,7 +574,7 @@ class Search:
             )
         )  # fmt: skip
 
-    def _runners_up(self, best: StagedPlan) -> tuple[Candidate, ...]:
+    def _others_than(self, best: StagedPlan) -> tuple[Candidate, ...]:
         others = []
         for candidate in self._candidates:
             if candidate.step_s is None:

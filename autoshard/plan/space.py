@@ -32,6 +32,11 @@ class Configuration:
     standalone: int = 1
 
     @property
+    def kind(self) -> tuple[Mesh, str, int]:
+        """What runner-up plans differ in from each other."""
+        return self.mesh, self.schedule, self.virtual_stages
+
+    @property
     def num_stages(self) -> int:
         """Stages of the pipeline, over all ranks."""
         return self.mesh.pp * self.virtual_stages

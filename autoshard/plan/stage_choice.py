@@ -77,6 +77,11 @@ class StagedPlan:
     peak_bytes: int
 
     @property
+    def predicted_s(self) -> float:
+        """What a step takes when its schedule is simulated."""
+        return self.pipeline.step_s
+
+    @property
     def pipeline(self) -> PipelineSeconds:
         """What its schedule takes, simulated."""
         c = self.configuration

@@ -11,6 +11,7 @@ from autoshard.placement.registry import has_rule
 from autoshard.plan.breakdown import Breakdowns
 from autoshard.plan.local_program import LocalProgram
 from autoshard.plan.plan import (
+    Alternative,
     Assignment,
     Candidate,
     Memory,
@@ -38,7 +39,10 @@ def write_plan(
     *,
     coupled: tuple[str, ...],
     candidates: tuple[Candidate, ...],
+    runners_up: tuple[Alternative, ...],
+    front: tuple[Alternative, ...],
     bound_s: float,
+    compared_s: float,
     seconds: Mapping[str, float],
 ) -> Plan:
     """Everything that was decided and predicted.
@@ -47,6 +51,7 @@ def write_plan(
         local: the program on the best plan's own dp ranks and micro-batches.
         costs: that the search compared by.
         bound_s: nothing in the declared space takes less.
+        compared_s: the least that the search found, in what it compares by.
     """
     program, configuration = request.program, best.configuration
     layers: dict[str, dict[str, Assignment]] = {}
@@ -60,7 +65,7 @@ def write_plan(
             axes["micro"] = local.micro[layer.name]
         layers[layer.name] = dict(sorted(axes.items()))
     parts = Breakdowns(request, best, costs)
-    pipeline, gap = best.pipeline, max(0.0, 1 - bound_s / best.step_s) if best.step_s else 0.0
+    pipeline, gap = best.pipeline, max(0.0, 1 - bound_s / compared_s) if compared_s else 0.0
     return Plan(
         program=program.fingerprint, model=program.model_name, cluster=request.cluster,
         world_size=request.world_size, mesh=configuration.mesh,
@@ -80,7 +85,7 @@ def write_plan(
         ),
         replicated=_replicated(request, best), coupled=coupled,
         notes=(*_cut_notes(request), *_recompute_notes(request, best), *program.notes),
-         pins=request.constraints.pins,
+        pins=request.constraints.pins, runners_up=runners_up, front=front,
     )  # fmt: skip
 
 
