@@ -124,6 +124,7 @@ class ScheduledProblem:
     work: tuple[WeightWork, ...]
     split: WeightSplit = field(init=False)
     schedule: Schedule = field(init=False)
+    _by_entry: dict[int, list[Counts] | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.split = self._split()
@@ -163,12 +164,47 @@ class ScheduledProblem:
                 return choices, self._lacking(choices)
         return choices, lacking
 
+    def least_s(self, pinned: Sequence[Counts] | None) -> float:
+        """No step takes less with any of the cuts, whatever is recomputed.
+
+        A rank computes all micro-batches. Where all ranks wait for each other at the end of a step,
+        it does so after the first micro-batch has come through the stages before its own first one,
+        and before the gradients of the last one have gone back through them.
+        """
+        entries = range(max(len(run.menu) for run in self.stages.runs))
+        found = [cuts for entry in entries if (cuts := pinned or self._cuts(entry)) is not None]
+        return min(map(self._least_of, found), default=0.0)
+
+    def _least_of(self, cuts: Sequence[Counts]) -> float:
+        counts = [
+            {self._fastest(r): number for r, number in enumerate(own) if number} for own in cuts
+        ]
+        _, choices = evaluate_stages(self.stages, counts)
+        passing = [c.forward_s + c.backward_s - self.weight_s(c) for c in choices]
+        least = 0.0
+        for rank in range(self.num_ranks):
+            own = [k for k, home in enumerate(self.schedule.homes) if home == rank]
+            computes = sum(choices[k].forward_s + choices[k].backward_s for k in own)
+            tail = sum(choices[k].step_s for k in own)
+            waits = sum(passing[: own[0]]) if SCHEDULES[self.name].flushes else 0.0
+            least = max(least, waits + self.stages.num_micro_batches * computes + tail)
+        return least
+
+    def _fastest(self, run: int) -> Slot:
+        menu = self.stages.runs[run].menu
+        return run, min(range(len(menu)), key=lambda entry: menu[entry].seconds)
+
     def weight_s(self, choice: StageChoice) -> float:
         """The part of a stage's backward that makes gradients of weights."""
         return sum(k * self.work[r].seconds for (r, _), k in choice.counts.items())
 
     def _cuts(self, entry: int) -> list[Counts] | None:
         """Stages of equal length, as near as may be, if all segments had this entry."""
+        if entry not in self._by_entry:
+            self._by_entry[entry] = self._cut(entry)
+        return self._by_entry[entry]
+
+    def _cut(self, entry: int) -> list[Counts] | None:
         runs = tuple(
             replace(run, menu=(run.menu[min(entry, len(run.menu) - 1)],))
             for run in self.stages.runs

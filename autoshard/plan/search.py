@@ -10,12 +10,15 @@ Configurations are taken in the order of a lower bound on their step time, which
 for those that come to the front: from the whole program (:mod:`autoshard.plan.bounds`, with what
 lack of memory costs), from the program at their micro-batch size, and from their fastest sharding.
 The search ends when the next bound is no better than the best plan found: what was not solved
-cannot win.
+cannot win. Schedules that are simulated (several chunks per rank, split backwards) come after the
+others, and their chunks are cut to equal lengths, which is part of the declared space. Their bounds
+know no bubble, so only so many are solved; the gap of the plan counts the rest.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +52,7 @@ from autoshard.plan.stage_choice import Beaten, Infeasible, StagedPlan, choose_s
 from autoshard.plan.tensor_axis import refuse_missing_rules, replicated, tensor_problem
 from autoshard.plan.write import write_plan
 from autoshard.report.units import nbytes
+from autoshard.schedules import SCHEDULES
 from autoshard.software import OWN, Software
 
 T = TypeVar("T")
@@ -57,6 +61,10 @@ Solved = tuple[Alternative, StagedPlan]
 
 WORTH_KNOWING = 1.05
 """Plans that are slower than the best so far by more than this factor are not worked out."""
+NUM_PROMISING = 8
+"""Configurations of simulated schedules that are solved first, on meshes where 1F1B does well."""
+NUM_SIMULATED = 16
+"""Others of them that are looked at; for the rest their bounds count into the gap."""
 FEW_RUNNERS_UP = 3
 """Runner-up plans that are solved even if they are known to be slower."""
 NUM_LEANER = 2
@@ -231,28 +239,65 @@ class Search:
             coupled=bool(self.coupled), standalone=request.standalone,
             num_samples=request.num_samples,
         )  # fmt: skip
+        deadline = start + (math.inf if request.time_limit_s is None else request.time_limit_s)
+        closed = [c for c in space if SCHEDULES[c.schedule].closed_form]
+        simulated = [c for c in space if not SCHEDULES[c.schedule].closed_form]
         levels: tuple[Callable[[Configuration], float], ...] = ()
         if len(space) > 1:  # else nothing to prune
             levels = (
                 self._bound_from_whole, self._bound_from_ops,
                 self._bound_from_shardings, self._bound_from_sharding,
             )  # fmt: skip
-        left = self._open = _Open(space, levels)
-        while left.queue:
-            if self._best is not None:
-                late = request.time_limit_s is not None and (
-                    time.perf_counter() - start > request.time_limit_s
-                )
-                if first or late or left.least_s >= self._best.step_s:
-                    self._least_s = min(self._least_s, left.least_s, self._best.step_s)
-                    break
-            bound_s = left.least_s
-            configuration = left.pop()
-            if configuration is not None:
-                self._evaluate(
-                    configuration, bound_s, f"{len(left.queue)} of {len(space)} left"
-                )  # fmt: skip
+        self._open = _Open(closed or simulated, levels)
+        if closed:
+            self._search_best_first(self._open, first, deadline, most=len(closed))
+        if first and self._best is not None:
+            return self._best
+        promising = self._promising(simulated)
+        for configuration in promising:
+            if time.perf_counter() < deadline:
+                self._evaluate(configuration, 0.0, "among other schedules")
+        rest = [c for c in simulated if c not in promising]
+        if rest:
+            left = _Open(rest, levels) if closed else self._open
+            self._search_best_first(left, first, deadline, most=NUM_SIMULATED)
         return self._best
+
+    def _search_best_first(self, left: _Open, first: bool, deadline: float, *, most: int) -> None:
+        """Solve what may win, at most so many; what is then left lowers the bound of the plan."""
+        total = len(left.queue)
+        tries = 0
+        while left.queue:
+            bound_s = left.least_s
+            if self._best is not None:
+                late = time.perf_counter() > deadline
+                if first or late or bound_s >= self._best.step_s:
+                    self._least_s = min(self._least_s, bound_s, self._best.step_s)
+                    return
+            configuration = left.pop()
+            if configuration is None:
+                continue
+            if self._best is not None and tries == most:
+                self._least_s = min(self._least_s, bound_s)
+                return
+            tries += 1
+            self._evaluate(configuration, bound_s, f"{len(left.queue)} of {total} left")
+
+    def _promising(self, simulated: Sequence[Configuration]) -> list[Configuration]:
+        """Other schedules where 1F1B does best, as if stages were equal.
+
+        What a flush leaves of a bubble is that of 1F1B over the number of chunks.
+        """
+        solved = {
+            (s.configuration.mesh, s.configuration.micro_batch_size): s.step_s for s in self._solved
+        }
+        estimates = []
+        for order, c in enumerate(simulated):
+            if (alike_s := solved.get((c.mesh, c.micro_batch_size))) is not None:
+                turns = (c.mesh.pp - 1) / c.virtual_stages if SCHEDULES[c.schedule].flushes else 0.0
+                share = (c.num_micro_batches + turns) / (c.num_micro_batches + c.mesh.pp - 1)
+                estimates.append((alike_s * share, order, c))
+        return [c for _, _, c in sorted(estimates)[:NUM_PROMISING]]
 
     def is_feasible(self, request: Request) -> bool:
         """Whether another request for the same program has any plan."""

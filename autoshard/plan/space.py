@@ -12,6 +12,13 @@ from autoshard.options import DATA_PARALLEL, Constraints
 from autoshard.plan.plan import Mesh
 from autoshard.schedules import SCHEDULES, homes
 
+VIRTUAL_STAGES = (1, 2, 4)
+"""Chunks per pipeline rank that are searched; other numbers are left to pins."""
+
+LEFT_TO_PINS = frozenset({"none", "naive", "gpipe", "zb-1p"})
+"""Schedules that another one is never worse than: GPipe takes as long as 1F1B and holds more, one
+micro-batch after the other leaves all ranks but one idle, and ``zb-1p`` is ``zb-h1`` here."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
@@ -91,7 +98,7 @@ def meshes(
     if world_size % cp:
         return
     ranks = world_size // cp
-    stages = sum(bool(s.layer.graph.parameters) for s in program.segments)
+    stages = _parts_with_parameters(program)
     for tp in divisors(ranks):
         if tp != (constraints.tp or tp) or (constraints.tp is None and tp > node):
             continue
@@ -128,6 +135,7 @@ def configurations(
     """
     found = []
     num_samples = num_samples or program.batch_size
+    parts = _parts_with_parameters(program)
     shapes = list(meshes(program, world_size, constraints, cluster, num_samples))
     for mesh in shapes:
         local = num_samples // mesh.dp
@@ -136,12 +144,12 @@ def configurations(
                 continue
             if (coupled and size != local) or program.batch_size % size:
                 continue
-            for schedule in _schedules(mesh, constraints):
+            for schedule, virtual_stages in _schedules(mesh, constraints, parts):
                 found.append(
                     Configuration(
                         mesh=mesh, micro_batch_size=size,
                         num_micro_batches=local // size * standalone, standalone=standalone,
-                        schedule=schedule, virtual_stages=constraints.virtual_stages or 1,
+                        schedule=schedule, virtual_stages=virtual_stages,
                         data_parallel=_modes(mesh, constraints),
                     )
                 )  # fmt: skip
@@ -152,15 +160,31 @@ def configurations(
     return found
 
 
-def _schedules(mesh: Mesh, constraints: Constraints) -> tuple[str, ...]:
+def _parts_with_parameters(program: Program) -> int:
+    """The most stages that there can be."""
+    return sum(bool(s.layer.graph.parameters) for s in program.segments)
+
+
+def _schedules(mesh: Mesh, constraints: Constraints, parts: int) -> Iterator[tuple[str, int]]:
+    """Schedules with their virtual stages: the pinned one, or all that run and could be best."""
+    pinned, chunks = constraints.schedule, constraints.virtual_stages
+    if constraints.stages is not None:  # their number says it
+        chunks = chunks or 1
     if mesh.pp == 1:
-        allowed = constraints.schedule is None or SCHEDULES[constraints.schedule].closed_form
-        return ("none",) if allowed else ()
-    if constraints.schedule is not None:
-        return () if constraints.schedule == "none" else (constraints.schedule,)
-    # GPipe takes the same time and holds more: it is left to those who pin it. So are the schedules
-    # of several chunks or split backwards: what the search chooses must run.
-    return ("1f1b",)
+        if pinned is None or SCHEDULES[pinned].closed_form:
+            yield "none", chunks or 1
+        return
+    if pinned is not None:
+        if pinned != "none":
+            yield pinned, chunks or 1
+        return
+    for name, kind in SCHEDULES.items():
+        if not kind.runs or name in LEFT_TO_PINS:
+            continue
+        least, most = kind.least_virtual, kind.most_virtual or max(VIRTUAL_STAGES)
+        for virtual in (chunks,) if chunks else VIRTUAL_STAGES:
+            if least <= virtual <= most and mesh.pp * virtual <= parts:
+                yield name, virtual
 
 
 def _modes(mesh: Mesh, constraints: Constraints) -> tuple[str, ...]:
@@ -179,7 +203,7 @@ def _why_empty(
 ) -> str:
     pins = ", ".join(f"{k}={v}" for k, v in constraints.pins.items()) or "none"
     if not shapes:
-        stages = sum(bool(s.layer.graph.parameters) for s in program.segments)
+        stages = _parts_with_parameters(program)
         experts = f" and be divided by ep={constraints.ep}" if constraints.ep else ""
         most = "pp" if constraints.virtual_stages is None else "pp times virtual_stages"
         return (
