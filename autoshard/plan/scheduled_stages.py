@@ -153,7 +153,15 @@ class ScheduledProblem:
         """
         choices: tuple[StageChoice, ...] = ()
         lacking: tuple[float, ...] = ()
-        for entry in range(max(len(run.menu) for run in self.stages.runs)):
+        last = max(len(run.menu) for run in self.stages.runs) - 1
+        leanest = pinned or self._cuts(last)
+        if leanest is None:
+            return (), ()
+        choices = self._placed(leanest, [last] * self.num_ranks)
+        lacking = self._lacking(choices)
+        if max(lacking) > 0:
+            return choices, lacking
+        for entry in range(last + 1):
             cuts = pinned or self._cuts(entry)
             if cuts is None:
                 return (), ()
@@ -172,7 +180,7 @@ class ScheduledProblem:
         and before the gradients of the last one have gone back through them.
         """
         entries = range(max(len(run.menu) for run in self.stages.runs))
-        found = [cuts for entry in entries if (cuts := pinned or self._cuts(entry)) is not None]
+        found = [cuts for entry in {0, entries[-1]} if (cuts := pinned or self._cuts(entry)) is not None]
         return min(map(self._least_of, found), default=0.0)
 
     def _least_of(self, cuts: Sequence[Counts]) -> float:
@@ -181,9 +189,9 @@ class ScheduledProblem:
         ]
         _, choices = evaluate_stages(self.stages, counts)
         passing = [c.forward_s + c.backward_s - self.weight_s(c) for c in choices]
-        least = 0.0
+        homes, least = self.schedule.homes, 0.0
         for rank in range(self.num_ranks):
-            own = [k for k, home in enumerate(self.schedule.homes) if home == rank]
+            own = [k for k, home in enumerate(homes) if home == rank]
             computes = sum(choices[k].forward_s + choices[k].backward_s for k in own)
             tail = sum(choices[k].step_s for k in own)
             waits = sum(passing[: own[0]]) if SCHEDULES[self.name].flushes else 0.0
@@ -199,7 +207,12 @@ class ScheduledProblem:
         return sum(k * self.work[r].seconds for (r, _), k in choice.counts.items())
 
     def _cuts(self, entry: int) -> list[Counts] | None:
-        """Stages of equal length, as near as may be, if all segments had this entry."""
+        """Stages of equal length, as near as may be, without recompute or with the most of it.
+
+        What lies between recomputes what is cheap, and is cut as if it did not.
+        """
+        last = max(len(run.menu) for run in self.stages.runs) - 1
+        entry = entry if entry == last else 0
         if entry not in self._by_entry:
             self._by_entry[entry] = self._cut(entry)
         return self._by_entry[entry]

@@ -63,7 +63,7 @@ WORTH_KNOWING = 1.05
 """Plans that are slower than the best so far by more than this factor are not worked out."""
 NUM_PROMISING = 8
 """Configurations of simulated schedules that are solved first, on meshes where 1F1B does well."""
-NUM_SIMULATED = 16
+NUM_SIMULATED = 4
 """Others of them that are looked at; for the rest their bounds count into the gap."""
 FEW_RUNNERS_UP = 3
 """Runner-up plans that are solved even if they are known to be slower."""
@@ -284,20 +284,22 @@ class Search:
             self._evaluate(configuration, bound_s, f"{len(left.queue)} of {total} left")
 
     def _promising(self, simulated: Sequence[Configuration]) -> list[Configuration]:
-        """Other schedules where 1F1B does best, as if stages were equal.
+        """Of each other schedule where 1F1B does best, as if stages were equal.
 
         What a flush leaves of a bubble is that of 1F1B over the number of chunks.
         """
         solved = {
             (s.configuration.mesh, s.configuration.micro_batch_size): s.step_s for s in self._solved
         }
-        estimates = []
+        estimates: dict[tuple[str, int], tuple[float, int, Configuration]] = {}
         for order, c in enumerate(simulated):
             if (alike_s := solved.get((c.mesh, c.micro_batch_size))) is not None:
                 turns = (c.mesh.pp - 1) / c.virtual_stages if SCHEDULES[c.schedule].flushes else 0.0
                 share = (c.num_micro_batches + turns) / (c.num_micro_batches + c.mesh.pp - 1)
-                estimates.append((alike_s * share, order, c))
-        return [c for _, _, c in sorted(estimates)[:NUM_PROMISING]]
+                estimate = (alike_s * share, order, c)
+                kind = (c.schedule, c.virtual_stages)
+                estimates[kind] = min(estimates.get(kind, estimate), estimate)
+        return [c for _, _, c in sorted(estimates.values())[:NUM_PROMISING]]
 
     def is_feasible(self, request: Request) -> bool:
         """Whether another request for the same program has any plan."""
