@@ -179,9 +179,9 @@ class ScheduledProblem:
         it does so after the first micro-batch has come through the stages before its own first one,
         and before the gradients of the last one have gone back through them.
         """
-        entries = range(max(len(run.menu) for run in self.stages.runs))
-        found = [cuts for entry in {0, entries[-1]} if (cuts := pinned or self._cuts(entry)) is not None]
-        return min(map(self._least_of, found), default=0.0)
+        last = max(len(run.menu) for run in self.stages.runs) - 1
+        found = [pinned] if pinned else [self._cuts(0), self._cuts(last)]
+        return min((self._least_of(cuts) for cuts in found if cuts is not None), default=0.0)
 
     def _least_of(self, cuts: Sequence[Counts]) -> float:
         counts = [

@@ -63,7 +63,7 @@ WORTH_KNOWING = 1.05
 """Plans that are slower than the best so far by more than this factor are not worked out."""
 NUM_PROMISING = 8
 """Configurations of simulated schedules that are solved first, on meshes where 1F1B does well."""
-NUM_SIMULATED = 4
+NUM_SIMULATED = 2
 """Others of them that are looked at; for the rest their bounds count into the gap."""
 FEW_RUNNERS_UP = 3
 """Runner-up plans that are solved even if they are known to be slower."""
@@ -579,9 +579,11 @@ class Search:
                     break
 
     def _in_less_memory(self, solved: Sequence[Solved]) -> list[Solved]:
-        """The fastest configurations of two meshes or schedules, with less memory to use."""
+        """The fastest two of other meshes or closed-form schedules, with less memory to use."""
         by_kind: dict[tuple[object, ...], StagedPlan] = {}
         for other, staged in sorted(solved, key=lambda pair: time_first(pair[0])):
+            if not SCHEDULES[other.schedule].closed_form:
+                continue  # takes too long to solve again
             by_kind.setdefault(other.kind, staged)
         found = []
         for staged in list(by_kind.values())[:NUM_LEANER]:

@@ -15,9 +15,10 @@ from autoshard.schedules import SCHEDULES, homes
 VIRTUAL_STAGES = (1, 2, 4)
 """Chunks per pipeline rank that are searched; other numbers are left to pins."""
 
-LEFT_TO_PINS = frozenset({"none", "naive", "gpipe", "zb-1p"})
-"""Schedules that another one is never worse than: GPipe takes as long as 1F1B and holds more, one
-micro-batch after the other leaves all ranks but one idle, and ``zb-1p`` is ``zb-h1`` here."""
+LEFT_TO_PINS = frozenset({"none", "naive", "gpipe", "looped-bfs", "zb-1p"})
+"""Schedules that the search leaves to those who pin them: GPipe and its looped form take as long as
+1F1B and interleaved 1F1B and hold more, one micro-batch after the other leaves all ranks but one
+idle, and ``zb-1p`` is ``zb-h1`` here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

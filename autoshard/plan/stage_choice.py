@@ -79,7 +79,8 @@ class StagedPlan:
     @property
     def predicted_s(self) -> float:
         """What a step takes when its schedule is simulated."""
-        return self.pipeline.step_s
+        closed_form = SCHEDULES[self.configuration.schedule].closed_form
+        return self.pipeline.step_s if closed_form else self.step_s
 
     @property
     def pipeline(self) -> PipelineSeconds:
