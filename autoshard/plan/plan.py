@@ -310,7 +310,8 @@ class Plan:
             ones of them.
         front: seconds of a step against peak bytes of a device, fastest (the plan itself) first:
             Pareto-optimal among what the search solved, and not among all configurations. Beside
-            what it solved to find the plan, that is two fast ones (no pipeline, or 1F1B) in less memory.
+            what it solved to find the plan, that is two fast ones (no pipeline, or 1F1B) in less
+            memory.
     """
 
     version: int = PLAN_VERSION
