@@ -243,8 +243,7 @@ def _spread(points: Sequence[Alternative]) -> list[Alternative]:
 def _solved(plan: Plan, rows: Sequence[Alternative]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     left = {"mesh", "schedule", "data parallel", "recomputed"}
-    names = ("step", "", "peak", "mesh", "micro-batch", "schedule", "data parallel",
-             "recomputed")  # fmt: skip
+    names = ("step", "", "peak", "mesh", "schedule", "data parallel", "recomputed")
     for name in names:
         figure = name in ("step", "", "peak")
         table.add_column(name, justify="left" if name in left else "right", no_wrap=figure)
@@ -256,8 +255,7 @@ def _solved(plan: Plan, rows: Sequence[Alternative]) -> Table:
             seconds(other.step_s),
             f"{percent(slower)} slower" if slower else "the plan",
             nbytes(other.peak_bytes),
-            str(other.mesh),
-            str(other.micro_batch_size),
+            f"{other.mesh}, batch {other.micro_batch_size}",
             f"{other.schedule}{chunks}",
             other.data_parallel,
             ", ".join(again) or "none",
