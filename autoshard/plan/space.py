@@ -16,10 +16,10 @@ VIRTUAL_STAGES = (1, 2, 4)
 """Chunks per pipeline rank that are searched; other numbers are left to pins."""
 
 LEFT_TO_PINS = frozenset({"none", "naive", "gpipe", "looped-bfs"})
-"""Schedules that the search leaves to those who pin them, beside those with split backwards and with
-older weights: GPipe and its looped form take as long as 1F1B and interleaved 1F1B and hold more, and
-one micro-batch after the other leaves all ranks but one idle. A split backward fills bubbles that
-the flush at the end of a step, whose loss all ranks wait for, in part opens again."""
+"""Schedules that the search leaves to those who pin them, beside those with split backwards and
+those with older weights: GPipe and its looped form take as long as 1F1B and interleaved 1F1B and
+hold more, and one micro-batch after the other leaves all ranks but one idle. A split backward fills
+bubbles that the flush at the end of a step, whose loss all ranks wait for, in part opens again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
