@@ -62,6 +62,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "profile":  # so that autoshard.profile.read_pipedream needs no import of its own
+        return importlib.import_module("autoshard.profile")
     if name not in _HOMES:
         raise AttributeError(f"module 'autoshard' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"autoshard.{_HOMES[name]}"), name)

@@ -88,6 +88,8 @@ class Tier:
         latency_s: alpha, per message.
         efficiency: share of ``bytes_per_s`` that each kind of collective (`COLLECTIVE_KINDS`)
             reaches on large messages; kinds that are not listed reach all of it.
+        group_share: where links join devices directly rather than through a switch: by number of
+            devices, the share of ``bytes_per_s`` that groups of at most so many have inside.
     """
 
     name: str
@@ -95,6 +97,13 @@ class Tier:
     bytes_per_s: float
     latency_s: float
     efficiency: Mapping[str, float] = field(default_factory=dict)
+    group_share: Mapping[str, float] = field(default_factory=dict)
+
+    def rate(self, members: int) -> float:
+        """Bytes per second, device and direction of a group of so many devices of this tier."""
+        enough = [size for size in self.group_share if members <= int(size)]
+        smallest = min(enough, key=int, default=None)
+        return self.bytes_per_s * (1.0 if smallest is None else self.group_share[smallest])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +162,7 @@ class Level:
 
     Attributes:
         bytes_per_s: per rank of the group and direction.
+        chained: trees are chains here, as NCCL's are within a node.
     """
 
     size: int
@@ -160,6 +170,7 @@ class Level:
     bytes_per_s: float
     latency_s: float
     efficiency: Mapping[str, float]
+    chained: bool = False
 
     def rate(self, kind: str) -> float:
         """Bytes per second and rank that a collective of this kind reaches here."""
@@ -213,8 +224,9 @@ def link(cluster: Cluster, group_size: int, stride: int = 1) -> Link:
         if reach > covered:
             levels.append(
                 Level(
-                    size=-(-reach // covered), members=covered, bytes_per_s=tier.bytes_per_s,
+                    size=-(-reach // covered), members=covered, bytes_per_s=tier.rate(reach),
                     latency_s=tier.latency_s, efficiency=tier.efficiency,
+                    chained=tier is not cluster.tiers[-1],
                 )
             )  # fmt: skip
             covered = reach
@@ -381,6 +393,13 @@ def _check_tiers(tiers: tuple[Tier, ...]) -> None:
                     f"rename or remove it{_did_you_mean(kind, COLLECTIVE_KINDS)}",
                 )  # fmt: skip
             _share(f"{where}.efficiency.{kind}", share)
+        for number, share in tier.group_share.items():
+            if not number.isdigit() or int(number) < 2:
+                raise _wrong(
+                    f"{where}.group_share", "numbers of devices of at least 2", number,
+                    'give shares as {"2": 0.2, "4": 0.7}',
+                )  # fmt: skip
+            _share(f"{where}.group_share.{number}", share)
 
 
 def _decode(data: bytes, origin: str) -> Cluster:

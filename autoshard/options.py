@@ -231,9 +231,12 @@ class Constraints:
             object.__setattr__(self, "schedule", "interleaved-1f1b")
         if self.schedule is not None:
             least = schedules.SCHEDULES[self.schedule].least_virtual
-            if self.virtual_stages is None and self.schedule == "zb-v":
+            if self.virtual_stages is None and schedules.SCHEDULES[self.schedule].folds:
                 object.__setattr__(self, "virtual_stages", least)
             schedules.check_virtual_stages(self.schedule, self.virtual_stages or 1)
+            if self.data_parallel is not None and (self.dp or 2) > 1:
+                splits = schedules.SCHEDULES[self.schedule].splits
+                schedules.check_data_parallel(splits, self.data_parallel)
         chunks = self.virtual_stages or 1
         if self.replicas is not None:
             object.__setattr__(self, "replicas", tuple(self.replicas))

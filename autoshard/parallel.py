@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from autoshard.runtime.asynchronous import AsynchronousEngine, Worker
     from autoshard.runtime.data import GlobalBatchSampler
     from autoshard.runtime.engine import Engine
+    from autoshard.runtime.local_stages import LocalStage
     from autoshard.runtime.mesh import Mesh
     from autoshard.runtime.replicas import Place, ReplicatedEngine
+    from autoshard.timeline import Timeline
 
 OptimizerChoice = str | Callable[[list[nn.Parameter]], Optimizer]
 
@@ -123,13 +125,12 @@ class Parallel:
         from autoshard.runtime.parameters import load_parameters
         from autoshard.runtime.replicas import ReplicatedEngine
 
-        index = self.mesh.rank("pp")
-        spec = self.emitted.manifest["stages"][index]
         with mesh.using(self.mesh), launch.device():
-            stage = load_stage(self.emitted, index)(spec)
             tensors = self._initial_tensors()
             check_model_alike(tensors)
-            load_parameters(stage, tensors)
+            stages = [self._local_stage(index) for index in self._stage_indices]
+            for stage in stages:
+                load_parameters(stage.module, tensors)
         config = EngineConfig(
             batch=self.batch,
             standalone=self.plan.standalone,
@@ -137,18 +138,38 @@ class Parallel:
             schedule=self.plan.schedule,
             data_parallel=self.plan.data_parallel,
             bucket_bytes=self.plan.bucket_bytes,
-            inputs=boundary_types(spec["inputs"]),
-            outputs=boundary_types(spec["outputs"]) if index < self.plan.mesh.pp - 1 else (),
             max_norm=self._clip_norm,
             seed=self.plan.seed,
         )
         if not self.plan.is_replicated:
-            return Engine(stage, mesh=self.mesh, config=config, optimizer=self._optimizer)
+            return Engine(stages, mesh=self.mesh, config=config, optimizer=self._optimizer)
+        (stage,) = stages
+        config = replace(config, inputs=stage.inputs, outputs=stage.outputs)
         if isinstance(self._place, Worker):
             return AsynchronousEngine(
-                stage, worker=self._place, config=config, optimizer=self._optimizer
+                stage.module, worker=self._place, config=config, optimizer=self._optimizer
             )
-        return ReplicatedEngine(stage, place=self._place, config=config, optimizer=self._optimizer)
+        return ReplicatedEngine(
+            stage.module, place=self._place, config=config, optimizer=self._optimizer
+        )
+
+    @property
+    def _stage_indices(self) -> list[int]:
+        """The stages of this rank, in the order of the model."""
+        return [k for k, home in enumerate(self.plan.homes) if home == self.mesh.rank("pp")]
+
+    def _local_stage(self, index: int) -> LocalStage:
+        from autoshard.runtime.local_stages import LocalStage
+
+        spec = self.emitted.manifest["stages"][index]
+        is_last = index == len(self.plan.stages) - 1
+        return LocalStage(
+            index=index,
+            module=load_stage(self.emitted, index)(spec),
+            inputs=boundary_types(spec["inputs"]),
+            outputs=() if is_last else boundary_types(spec["outputs"]),
+            recomputes=spec["recomputes"],
+        )
 
     @property
     def batch(self) -> tuple[Value, ...]:
@@ -188,7 +209,7 @@ class Parallel:
 
     @property
     def module(self) -> nn.Module:
-        """This rank's stage."""
+        """This rank's stage, or stages."""
         return self.engine.module
 
     @property
@@ -239,6 +260,24 @@ class Parallel:
             OptionError: a batch of the wrong size, names, shapes or dtypes.
         """
         return self.engine.step(batch)
+
+    def trace(self, batch: Mapping[str, Tensor] | tuple[Tensor, ...]) -> tuple[float, Timeline]:
+        """One training step, as :meth:`step` does it, and what every rank did when.
+
+        Clocks are set to zero at a barrier. On a GPU every part of the step waits for the device,
+        so it takes longer than usual.
+
+        Returns:
+            The loss, and the measured timeline of all ranks, the same on every rank.
+        """
+        from autoshard.runtime import recorder
+
+        engine, mesh = self.engine, self.mesh
+        with recorder.recording(engine.device) as recorded:
+            loss = engine.step(batch)
+        place = " ".join(f"{a}={mesh.rank(a)}" for a in mesh.axes if mesh.size(a) > 1)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return loss, recorder.gathered(recorded, f"rank {rank}" + (f" ({place})" if place else ""))
 
     def evaluate(self, batch: Mapping[str, Tensor] | tuple[Tensor, ...]) -> float:
         """The loss of a global batch in evaluation mode, the same on every rank.

@@ -91,6 +91,11 @@ class Schedule:
         found = {a.stage: r for r, actions in enumerate(self.ranks) for a in actions}
         return tuple(found[stage] for stage in range(self.num_stages))
 
+    @property
+    def splits(self) -> bool:
+        """Some backward is two actions."""
+        return any(action.kind == "W" for actions in self.ranks for action in actions)
+
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that runs a stage."""
         return self.homes[stage]

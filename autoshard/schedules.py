@@ -1,14 +1,15 @@
 """The pipeline schedules that there are, by name.
 
 With several chunks of the model per rank (*virtual stages*), rank ``r`` of ``p`` holds the stages
-``r, r + p, ...`` (Narayanan et al. 2021, section 2.2); in ``zb-v`` it holds ``r`` and
-``2p - 1 - r``. The zero-bubble schedules (Qi et al. 2023) split backward in two, so that gradients
-of weights fill what would be bubbles.
+``r, r + p, ...`` (Narayanan et al. 2021, section 2.2); in ``zb-v`` and ``dualpipe-v`` it holds
+``r`` and ``2p - 1 - r``. The zero-bubble schedules (Qi et al. 2023) split backward in two, so that
+gradients of weights fill what would be bubbles.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -71,17 +72,26 @@ def interleaved(num_ranks: int, num_micro_batches: int, virtual_stages: int) -> 
     chunks; rank ``r`` warms up by ``2 (p - 1 - r) + (v - 1) p`` forwards of a chunk. A last group
     that is not full is one whose missing micro-batches are left out.
     """
-    starts = range(0, num_micro_batches, num_ranks)
-    groups = [range(start, start + num_ranks) for start in starts]
 
     def rank(r: int) -> Iterator[Action]:
-        stages = range(r, num_ranks * virtual_stages, num_ranks)
-        forwards = [Action(s, "F", m) for group in groups for s in stages for m in group]
-        backwards = [Action(s, "B", m) for group in groups for s in reversed(stages) for m in group]
+        forwards, backwards = _in_groups(r, num_ranks, num_micro_batches, virtual_stages, "B")
         warm_up = 2 * (num_ranks - 1 - r) + (virtual_stages - 1) * num_ranks
         return _in_turn(forwards, backwards, warm_up)
 
     return _schedule(num_ranks, num_micro_batches, rank, virtual_stages)
+
+
+def _in_groups(
+    rank: int, num_ranks: int, num_micro_batches: int, virtual_stages: int, backward: Kind
+) -> tuple[list[Action], list[Action]]:
+    """A rank's forwards and backwards, ``num_ranks`` micro-batches through a chunk at a time."""
+    starts = range(0, num_micro_batches, num_ranks)
+    groups = [range(start, start + num_ranks) for start in starts]
+    stages = range(rank, num_ranks * virtual_stages, num_ranks)
+    return (
+        [Action(s, "F", m) for group in groups for s in stages for m in group],
+        [Action(s, backward, m) for group in groups for s in reversed(stages) for m in group],
+    )
 
 
 def _in_turn(
@@ -95,6 +105,23 @@ def _in_turn(
         yield backward
 
 
+def interleaved_zero_bubble(
+    num_ranks: int, num_micro_batches: int, virtual_stages: int
+) -> Schedule:
+    """Interleaved 1F1B whose gradients of weights fill bubbles, as in :func:`zb_h1`.
+
+    Rank ``r`` warms up by ``p - 1 - r + (v - 1) p`` forwards of a chunk, and does the gradients of
+    weights ``r`` chunks late. Groups of micro-batches as in :func:`interleaved`.
+    """
+
+    def rank(r: int) -> Iterator[Action]:
+        forwards, backwards = _in_groups(r, num_ranks, num_micro_batches, virtual_stages, "I")
+        ahead = num_ranks - 1 - r + (virtual_stages - 1) * num_ranks
+        return _weights_late(forwards, backwards, ahead, r)
+
+    return _schedule(num_ranks, num_micro_batches, rank, virtual_stages)
+
+
 def zb_h1(num_stages: int, num_micro_batches: int) -> Schedule:
     """Zero bubble in the memory of 1F1B: a bubble of ``(p - 1)(f + i - w)``.
 
@@ -104,7 +131,7 @@ def zb_h1(num_stages: int, num_micro_batches: int) -> Schedule:
     """
 
     def rank(stage: int) -> Iterator[Action]:
-        return _weights_late(stage, num_micro_batches, num_stages - 1 - stage, stage)
+        return _late_in_one_stage(stage, num_micro_batches, num_stages - 1 - stage, stage)
 
     return _schedule(num_stages, num_micro_batches, rank)
 
@@ -135,20 +162,29 @@ def zb_2p(num_stages: int, num_micro_batches: int, split: WeightSplit | None = N
         ahead = 2 * (num_stages - 1 - stage)
         room = int((2 * num_stages - 1 - ahead) / split.kept)
         late = min(math.ceil(stage * split.patience - 1e-9), room)
-        return _weights_late(stage, num_micro_batches, ahead, late)
+        return _late_in_one_stage(stage, num_micro_batches, ahead, late)
 
     return _schedule(num_stages, num_micro_batches, rank)
 
 
-def _weights_late(stage: int, count: int, ahead: int, late: int) -> Iterator[Action]:
-    """1F1B after ``ahead`` forwards, with each gradient of weights ``late`` micro-batches late."""
+def _late_in_one_stage(stage: int, count: int, ahead: int, late: int) -> Iterator[Action]:
     forwards = [Action(stage, "F", m) for m in range(count)]
     backwards = [Action(stage, "I", m) for m in range(count)]
+    return _weights_late(forwards, backwards, ahead, late)
+
+
+def _weights_late(
+    forwards: Sequence[Action], backwards: Sequence[Action], ahead: int, late: int
+) -> Iterator[Action]:
+    """1F1B after ``ahead`` forwards, with gradients of weights ``late`` backwards late."""
+    waiting: deque[Action] = deque()
     for action in _in_turn(forwards, backwards, ahead):
         yield action
-        if action.kind == "I" and action.micro_batch >= late:
-            yield Action(stage, "W", action.micro_batch - late)
-    yield from (Action(stage, "W", m) for m in range(max(0, count - late), count))
+        if action.kind == "I":
+            waiting.append(Action(action.stage, "W", action.micro_batch))
+            if len(waiting) > late:
+                yield waiting.popleft()
+    yield from waiting
 
 
 def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
@@ -182,16 +218,57 @@ def zb_v(num_ranks: int, num_micro_batches: int) -> Schedule:
     return _schedule(num_ranks, num_micro_batches, rank, 2)
 
 
+def dualpipe_v(num_ranks: int, num_micro_batches: int) -> Schedule:
+    """DualPipe cut in half: two chunks per rank in V shape, a forward beside each backward.
+
+    (Liu et al. 2024, "DeepSeek-V3 technical report", section 3.2.1, and the table of bubbles that
+    its authors publish with their code.) With ``p`` ranks, forward ``f`` and backward ``i + w`` of
+    a chunk, a rank holds at most ``2 p + 1`` chunks and waits at most ``(p - 1)(f + 2 i - w)``,
+    where a forward and a backward side by side take as long as one after the other, as they do
+    here. Its phases need ``2 p`` micro-batches: with fewer, the actions of the others are left out.
+    """
+    count = max(num_micro_batches, 2 * num_ranks)
+
+    def rank(r: int) -> Iterator[Action]:
+        down, up, before = _Chunk(r), _Chunk(2 * num_ranks - 1 - r), num_ranks - 1 - r
+        late: deque[Action] = deque()
+
+        def split(chunk: _Chunk) -> Action:
+            backward = chunk.next("I")
+            late.append(chunk.next("W"))
+            return backward
+
+        yield from (down.next("F") for _ in range(2 * before))
+        for _ in range(r + 1):
+            yield from (down.next("F"), up.next("F"))
+        for _ in range(before):
+            yield from (split(up), late.popleft(), up.next("F"))
+        for _ in range(count - 2 * num_ranks + r + 1):
+            yield from (down.next("F"), up.next("B"), up.next("F"), down.next("B"))
+        for _ in range(before):
+            yield from (up.next("B"), up.next("F"), down.next("B"))
+        for turn in range(r + 1):  # from the middle on gradients of weights wait
+            waits = turn >= (r + 1) // 2
+            yield split(up) if waits and (turn > (r + 1) // 2 or r % 2) else up.next("B")
+            yield split(down) if waits else down.next("B")
+        for _ in range(before):
+            yield from (late.popleft(), split(down))
+        yield from late
+
+    return _schedule(num_ranks, num_micro_batches, rank, 2)
+
+
 class _Chunk:
-    """One chunk's actions, micro-batch by micro-batch."""
+    """One chunk's actions, each kind micro-batch by micro-batch, whichever way backward is done."""
 
     def __init__(self, stage: int) -> None:
         self._stage = stage
-        self.done: dict[Kind, int] = {"F": 0, "I": 0, "W": 0}
+        self.done: dict[Kind, int] = {"F": 0, "B": 0, "I": 0, "W": 0}
 
     def next(self, kind: Kind) -> Action:
+        whole = self.done["B"] if kind in ("I", "W") else self.done["I"] if kind == "B" else 0
         self.done[kind] += 1
-        return Action(self._stage, kind, self.done[kind] - 1)
+        return Action(self._stage, kind, whole + self.done[kind] - 1)
 
 
 def _schedule(
@@ -220,6 +297,9 @@ class ScheduleKind:
         closed_form: equal stages take ``(m + p - 1)`` turns.
         flushes: the optimizer waits until all ranks are done; the zero-bubble schedules let each
             rank go on to its next step at its own time (Qi et al. 2023, section 4).
+        folds: of two chunks, a rank has one on the way down and one on the way up (V shape); else
+            chunks lie in loops over the ranks.
+        splits: backward is two actions, at least of some micro-batches.
         stale: gradients are of older weights than those they change, as the table of
             :mod:`autoshard.versioned` says; ``make`` has the order of its forwards and backwards.
         runs: the runtime can execute it; others are for predictions.
@@ -230,19 +310,22 @@ class ScheduleKind:
     most_virtual: int | None = 1
     closed_form: bool = False
     flushes: bool = True
+    folds: bool = False
+    splits: bool = False
     stale: bool = False
-    runs: bool = False
+    runs: bool = True
 
 
 SCHEDULES: dict[str, ScheduleKind] = {
-    "none": ScheduleKind(make=lambda p, m, v, w: sequential(p, m), closed_form=True, runs=True),
-    "gpipe": ScheduleKind(make=lambda p, m, v, w: gpipe(p, m), closed_form=True, runs=True),
-    "1f1b": ScheduleKind(make=lambda p, m, v, w: one_f_one_b(p, m), closed_form=True, runs=True),
+    "none": ScheduleKind(make=lambda p, m, v, w: sequential(p, m), closed_form=True),
+    "naive": ScheduleKind(make=lambda p, m, v, w: sequential(p, m)),
+    "gpipe": ScheduleKind(make=lambda p, m, v, w: gpipe(p, m), closed_form=True),
+    "1f1b": ScheduleKind(make=lambda p, m, v, w: one_f_one_b(p, m), closed_form=True),
     "pipedream": ScheduleKind(
-        make=lambda p, m, v, w: one_f_one_b(p, m), flushes=False, stale=True, runs=True
+        make=lambda p, m, v, w: one_f_one_b(p, m), flushes=False, stale=True
     ),
     "pipedream-2bw": ScheduleKind(
-        make=lambda p, m, v, w: one_f_one_b(p, m), flushes=False, stale=True, runs=True
+        make=lambda p, m, v, w: one_f_one_b(p, m), flushes=False, stale=True
     ),
     "interleaved-1f1b": ScheduleKind(
         make=lambda p, m, v, w: interleaved(p, m, v), least_virtual=2, most_virtual=None
@@ -250,13 +333,22 @@ SCHEDULES: dict[str, ScheduleKind] = {
     "looped-bfs": ScheduleKind(
         make=lambda p, m, v, w: looped_breadth_first(p, m, v), least_virtual=2, most_virtual=None
     ),
-    "zb-h1": ScheduleKind(make=lambda p, m, v, w: zb_h1(p, m), flushes=False),
-    "zb-1p": ScheduleKind(make=lambda p, m, v, w: zb_h1(p, m), flushes=False),
-    "zb-2p": ScheduleKind(make=lambda p, m, v, w: zb_2p(p, m, w), flushes=False),
-    "zb-v": ScheduleKind(
-        make=lambda p, m, v, w: zb_v(p, m), least_virtual=2, most_virtual=2, flushes=False
+    "zb-h1": ScheduleKind(make=lambda p, m, v, w: zb_h1(p, m), splits=True, flushes=False),
+    "zb-1p": ScheduleKind(make=lambda p, m, v, w: zb_h1(p, m), splits=True, flushes=False),
+    "zb-2p": ScheduleKind(make=lambda p, m, v, w: zb_2p(p, m, w), splits=True, flushes=False),
+    "interleaved-zb": ScheduleKind(
+        make=lambda p, m, v, w: interleaved_zero_bubble(p, m, v),
+        least_virtual=2, most_virtual=None, splits=True, flushes=False,
     ),
-}
+    "zb-v": ScheduleKind(
+        make=lambda p, m, v, w: zb_v(p, m),
+        least_virtual=2, most_virtual=2, folds=True, splits=True, flushes=False,
+    ),
+    "dualpipe-v": ScheduleKind(
+        make=lambda p, m, v, w: dualpipe_v(p, m),
+        least_virtual=2, most_virtual=2, folds=True, splits=True, flushes=False,
+    ),
+}  # fmt: skip
 """Schedules by the name that a plan gives."""
 
 
@@ -304,9 +396,31 @@ def _check_name(name: str) -> None:
 def homes(name: str, num_ranks: int, virtual_stages: int) -> tuple[int, ...]:
     """The rank of every stage under the schedule of that name."""
     stages = range(num_ranks * virtual_stages)
-    if name == "zb-v":
+    if SCHEDULES[name].folds:
         return tuple(min(s, 2 * num_ranks - 1 - s) for s in stages)
     return tuple(s % num_ranks for s in stages)
+
+
+WITH_SPLIT_BACKWARD = ("ddp", "zero1")
+"""Data-parallel modes that can reduce gradients of weights after a backward that is split. The
+others reduce them, or free weights, in each backward of inputs, which has none of them yet."""
+
+
+def check_data_parallel(splits: bool, mode: str) -> None:
+    """Whether gradients can be reduced by this data-parallel mode.
+
+    Args:
+        splits: the schedule splits backward.
+
+    Raises:
+        OptionError: they cannot; names the modes that can.
+    """
+    if splits and mode not in WITH_SPLIT_BACKWARD:
+        raise OptionError(
+            f"expected data_parallel {' or '.join(WITH_SPLIT_BACKWARD)} with a schedule that "
+            f"splits backward but got {mode!r}, which reduces gradients with each backward; "
+            "choose one of them, or a schedule such as 1f1b"
+        )
 
 
 def check_virtual_stages(name: str, virtual_stages: int) -> None:

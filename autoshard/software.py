@@ -27,7 +27,16 @@ class Software:
             than all of a layer by one.
         fuses_pointwise: neighbouring elementwise ops run as one kernel, as compilers and
             hand-written kernels have it.
+        float8_products: linear layers within layers multiply in 8 bits.
         graphs: kernels are replayed, so the host's launches never hold the device up.
+        regathers: what ranks gather as a product's operand is kept in parts and gathered again in
+            backward, beside the product that does not need it (Korthikanti et al. 2022, section
+            4.2.2).
+        fuses_accumulation: the products that make gradients of weights add to what was accumulated,
+            rather than a kernel of its own.
+        checkpoints_regions: named ops are recomputed as a region of their own, around which
+            autograd saves what it always does; else the whole layer is recomputed, but for the
+            results of the other ops.
     """
 
     name: str = "autoshard"
@@ -40,7 +49,11 @@ class Software:
     overlaps_gathering: bool = True
     gathers_each: bool = False
     fuses_pointwise: bool = False
+    float8_products: bool = False
     graphs: bool = False
+    regathers: bool = False
+    fuses_accumulation: bool = False
+    checkpoints_regions: bool = False
 
 
 OWN = Software()

@@ -1,9 +1,10 @@
 """Train every model of the tests' zoo in every way, and compare with the plain model.
 
-``python -m benchmarks.equivalence`` (``make equivalence``) writes docs/equivalence.md. Nothing
-stops at a failure: what failed, or could not be done and why, stands in the table. The exit code
-is 1 if a run was further from the plain model than its tolerance, or failed for a reason that is
-no limit of the model.
+``python -m benchmarks.equivalence`` (``make equivalence``) writes docs/equivalence.md; with
+``--schedules`` it trains some of the models under every pipeline schedule instead, and writes
+docs/schedules.md. Nothing stops at a failure: what failed, or could not be done and why, stands in
+the table. The exit code is 1 if a run was further from the plain model than its tolerance, or
+failed for a reason that is no limit of the model.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ CASTING = Precision(label="float64, as it is", dtype=torch.float64, tolerance=1e
 SINGLE = Precision(
     label="float32", dtype=torch.float32, tolerance=1e-5, rounded=True, stateless=True
 )
+CONFIGURATIONS = {**harness.CONFIGURATIONS, **harness.SCHEDULE_CONFIGURATIONS}
+OF_SCHEDULES = ("gpt2", "llama", "t5", "unet", "resnet")
+"""Ties, casts, skips over stages, many of them, and statistics of batches."""
 ROUNDINGS = 10
 """How many times the plain model's own rounding a run may be off, if that is more."""
 
@@ -100,7 +104,7 @@ def run(pool: ranks.Pool, model: str, precision: Precision, name: str) -> Cell:
     where: dict[str, Any] = {"model": model, "precision": precision, "configuration": name}
     try:
         program = harness.program_of(model, precision.dtype, precision.lifted)
-        plan = harness.plan_of(program, 4, harness.CONFIGURATIONS[name])
+        plan = harness.plan_of(program, 4, CONFIGURATIONS[name])
     except AutoshardError as error:
         return Cell(**where, refused=str(error))
     except Exception as error:
@@ -204,7 +208,7 @@ def layout(plan: Plan) -> str:
     if mesh.dp > 1:
         parts.append(plan.data_parallel)
     if mesh.pp > 1:
-        parts.append(plan.schedule)
+        parts.append(f"{plan.schedule} x{plan.virtual_stages}".removesuffix(" x1"))
     if mesh.tp > 1:
         parts.append(f"{num_split(plan)} split")
     modes = {s.recompute.mode for stage in plan.stages for s in stage.segments} - {"none"}
@@ -224,7 +228,8 @@ def num_split(plan: Plan) -> int:
 _INTRODUCTION = """\
 # Equivalence
 
-`make equivalence` writes this page. Small versions of every architecture of the tests' zoo are
+`python -m benchmarks.equivalence` writes this page (with `--schedules` that of the pipeline
+schedules). Small versions of every architecture of the tests' zoo are
 trained for 3 AdamW steps on 4 processes (gloo, CPU), each of which holds other samples, and by the
 plain model on one process. A cell is the largest difference between the two over all steps, of
 
@@ -255,13 +260,16 @@ recomputation. Plans are for links much faster than the device, so that splittin
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.equivalence", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(zoo.names()), metavar="MODEL")
-    parser.add_argument(
-        "--configurations", nargs="+", default=list(harness.CONFIGURATIONS), metavar="NAME"
-    )
+    parser.add_argument("--models", nargs="+", metavar="MODEL")
+    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, metavar="NAME")
+    parser.add_argument("--schedules", action="store_true", help="every pipeline schedule")
     parser.add_argument("--precisions", nargs="+", metavar="NAME", help="part of a label")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "equivalence.md")
+    parser.add_argument("--out", type=Path, help="the page to write")
     options = parser.parse_args(arguments)
+    models, names, out = _defaults(schedules=options.schedules)
+    options.models = options.models or models
+    options.configurations = options.configurations or names
+    options.out = options.out or out
     torch.set_num_threads(1)
     cells: list[Cell] = []
     pool = ranks.Pool(4)
@@ -278,6 +286,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         pool.close()
     return 0 if all(c.good for c in cells) else 1
+
+
+def _defaults(*, schedules: bool) -> tuple[list[str], list[str], Path]:
+    """Models, configurations and page."""
+    if schedules:
+        names = list(harness.SCHEDULE_CONFIGURATIONS)
+        return list(OF_SCHEDULES), names, ROOT / "docs" / "schedules.md"
+    return list(zoo.names()), list(harness.CONFIGURATIONS), ROOT / "docs" / "equivalence.md"
 
 
 def _progress(cell: Cell, seconds: float) -> str:

@@ -1,11 +1,12 @@
 """How long planning takes, as a user sees it: whole processes, from import to saved plan.
 
-    python -m benchmarks.planning [NAME ...] [--growth] [--repeat N] [--json FILE]
+    python -m benchmarks.planning [NAME ...] [--growth] [--published] [--repeat N] [--json FILE]
 
 Each case is the command ``autoshard plan`` in a process of its own, on one thread. The table shows
 wall and CPU seconds, the largest resident memory, and the seconds of each phase; the goals are
 those for 2 idle cores. ``--growth`` plans one model for 8 to 16,384 devices, and others of 8 to
-512 layers for 1,024.
+512 layers for 1,024. ``--published`` plans the cases that have a published hand-tuned configuration
+with that configuration pinned, too, and shows the throughput of both beside the published one.
 """
 
 from __future__ import annotations
@@ -18,14 +19,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.throughput import Decoder, Throughput, predicted
+from benchmarks.throughput import table as throughput_table
+
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = ("import", "build", "capture", "batch", "sharding", "costs", "stages")
+PHASES = ("import", "build", "capture", "batch", "sharding", "costs", "stages", "front")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandTuned:
+    """A published configuration of a case.
+
+    Attributes:
+        pins: what was published of it.
+        throughput: what its authors measured.
+    """
+
+    decoder: Decoder
+    pins: tuple[str, ...]
+    throughput: Throughput
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +54,7 @@ class Case:
     options: tuple[str, ...]
     goal_s: float
     goal_bytes: int | None = None
+    hand_tuned: HandTuned | None = None
 
 
 def _case(
@@ -46,10 +65,40 @@ def _case(
     batch: int,
     goal_s: float,
     goal_bytes: int | None = None,
+    hand_tuned: HandTuned | None = None,
 ) -> Case:
     options = ("--model", model, "--world-size", str(world_size), "--precision", "bf16")
-    return Case(name, (*options, "--global-batch-size", str(batch), *more), goal_s, goal_bytes)
+    options = (*options, "--global-batch-size", str(batch), *more)
+    return Case(name, options, goal_s, goal_bytes, hand_tuned)
 
+
+# Grattafiori et al. 2024, table 4; its interleaved schedule and recomputation are left to the
+# planner.
+_LLAMA = HandTuned(
+    decoder=Decoder(
+        layers=126, hidden=16384, vocabulary=128256, sequence=8192,
+        layer_weights=16384 * (2 * 16384 + 2 * 1024 + 3 * 53248),
+    ),
+    pins=("tp=8", "cp=1", "pp=16", "dp=128", "micro_batch_size=1"),
+    throughput=Throughput(
+        case="llama3-405b-16384", plan="published", step_s=None, model_flops_per_s="380-430",
+        hardware_flops_per_s="-", layout="tp=8 cp=1 pp=16 dp=128 (Grattafiori et al. 2024)",
+    ),
+)  # fmt: skip
+# Narayanan et al. 2021, table 1, last row, with the interleaved schedule of section 2.2.
+_GPT = HandTuned(
+    decoder=Decoder(
+        layers=128, hidden=25600, vocabulary=51200, sequence=2048, layer_weights=12 * 25600**2
+    ),
+    pins=(
+        "tp=8", "pp=64", "dp=6", "micro_batch_size=1", "schedule=interleaved-1f1b",
+        "virtual_stages=2", "recompute=full",
+    ),
+    throughput=Throughput(
+        case="gpt3-1t-3072", plan="published", step_s=None, model_flops_per_s="-",
+        hardware_flops_per_s="163", layout="tp=8 pp=64 dp=6 (Narayanan et al. 2021)",
+    ),
+)  # fmt: skip
 
 _LONG = ("--sequence-length", "8192")
 CASES = (
@@ -60,12 +109,12 @@ CASES = (
     # A step of 16 Mi tokens: Grattafiori et al. 2024, table 4.
     _case(
         "llama3-405b-16384", "llama3-405b", 16384, *_LONG, batch=2048, goal_s=40.0,
-        goal_bytes=2 * 10**9,
+        goal_bytes=2 * 10**9, hand_tuned=_LLAMA,
     ),
     # Narayanan et al. 2021, table 1, last row.
     _case(
         "gpt3-1t-3072", "gpt3-1t", 3072, "--cluster", "a100-80", batch=3072, goal_s=40.0,
-        goal_bytes=2 * 10**9,
+        goal_bytes=2 * 10**9, hand_tuned=_GPT,
     ),
 )  # fmt: skip
 WORLD_SIZES = (8, 64, 512, 4096, 16384)
@@ -98,6 +147,7 @@ class Result:
         step_s, gap: what the plan predicts and how far it may be from the best of the declared
             space, to see that speed was not bought with a worse plan.
         mesh: degrees of the plan.
+        summary: what the command says of the plan.
     """
 
     name: str
@@ -110,6 +160,7 @@ class Result:
     mesh: dict[str, int]
     goal_s: float
     goal_bytes: int | None
+    summary: dict[str, object]
 
 
 def run(case: Case) -> Result:
@@ -161,7 +212,24 @@ def _result(
         mesh=dict(summary["mesh"]),  # type: ignore[call-overload]
         goal_s=case.goal_s,
         goal_bytes=case.goal_bytes,
+        summary=summary,
     )
+
+
+def throughput(case: Case, automatic: Result) -> list[Throughput]:
+    """The automatic plan of a case, its hand-tuned one as the planner prices it, and its authors'.
+
+    The hand-tuned one is a planning job of its own with more choices pinned.
+    """
+    hand = case.hand_tuned
+    assert hand is not None, "only cases with a published configuration are compared"
+    pins = tuple(option for pin in hand.pins for option in ("--pin", pin))
+    pinned = run(replace(case, options=(*case.options, *pins)))
+    return [
+        predicted(case.name, "automatic", hand.decoder, automatic.summary),
+        predicted(case.name, "hand-tuned", hand.decoder, pinned.summary),
+        hand.throughput,
+    ]
 
 
 def table(results: list[Result]) -> Table:
@@ -196,6 +264,9 @@ def main() -> int:
         help=f"cases to run: {', '.join(c.name for c in CASES)}; default all",
     )
     parser.add_argument("--growth", action="store_true", help="over world sizes and depths instead")
+    parser.add_argument(
+        "--published", action="store_true", help="compare throughput with hand-tuned plans, too"
+    )
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="keep the fastest of N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     args = parser.parse_args()
@@ -211,8 +282,14 @@ def main() -> int:
     console = Console()
     console = console if console.is_terminal else Console(width=180)
     console.print(table(results))
+    rows: list[Throughput] = []
+    if args.published:
+        pairs = zip(cases, results, strict=True)
+        rows = [row for case, r in pairs if case.hand_tuned for row in throughput(case, r)]
+        console.print(throughput_table(rows))
     if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+        found = [asdict(r) for r in results] + [asdict(row) for row in rows]
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -14,6 +14,7 @@ all-to-all; for ``send`` the message.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from autoshard.cluster import Device, Level, Link
@@ -64,12 +65,16 @@ def _ring_latency_s(levels: tuple[Level, ...]) -> float:
 
 
 def _tree_latency_s(levels: tuple[Level, ...]) -> float:
-    """The height of a double binary tree, which still carries the full bandwidth.
+    """The height of a double binary tree of nodes, which still carries the full bandwidth.
 
     Sanders, Speck & Traeff (2009), "Two-tree algorithms for full bandwidth broadcast, reduction
-    and scan"; NCCL's trees across nodes are these.
+    and scan"; NCCL's trees across nodes are these. Within a node its trees are chains.
     """
-    return sum(math.ceil(math.log2(lv.size)) * lv.latency_s for lv in levels)
+    total = 0.0
+    for level in levels:
+        steps = level.size - 1 if level.chained else math.ceil(math.log2(level.size))
+        total += steps * level.latency_s
+    return total
 
 
 def _all_to_all_s(local_bytes: float, link: Link) -> float:
@@ -159,15 +164,29 @@ def _scattered(state: State, value_type: TensorType) -> bool:
     return bool(state.blocks) or math.prod(value_type.shape[: state.dim]) > 1
 
 
-def inner_collectives_s(op: Op, link: Link) -> tuple[float, float]:
+def inner_collectives_s(op: Op, links: Mapping[str, Link]) -> tuple[float, float]:
     """Forward and backward seconds of what an op of the runtime communicates within itself.
 
     Conversions are not meant (:func:`conversion_s`); other ops communicate nothing.
 
     Args:
         op: localised.
-        link: of the axis that it is split over.
+        links: by name, of the axes that it may be split over.
     """
+    axes = op.keywords.get("axes", (op.keywords.get("axis"),))
+    forward_s = backward_s = 0.0
+    for axis in axes:
+        if axis in links:
+            own = _inner_s(op, links[axis])
+            forward_s, backward_s = forward_s + own[0], backward_s + own[1]
+    gathered = op.keywords.get("gathered")
+    if gathered is not None and gathered in links:
+        own = _gathered_s(op, links[gathered])
+        forward_s, backward_s = forward_s + own[0], backward_s + own[1]
+    return forward_s, backward_s
+
+
+def _inner_s(op: Op, link: Link) -> tuple[float, float]:
     if op.target == "autoshard.vocab_parallel_cross_entropy":
         # Normaliser and target logit of every row (and their sum, if smoothed), from every rank.
         rows = op.operands[1].type.numel
@@ -180,11 +199,28 @@ def inner_collectives_s(op: Op, link: Link) -> tuple[float, float]:
         if op.keywords.get("way") != "exchange":
             return 0.0, 0.0
         # Every choice of every token goes to its expert and comes back.
-        x, choices = op.operands[0].type, op.operands[2].type.shape[-1]
-        once_s = 2 * collective_s("all_to_all", float(choices * x.nbytes), link)
+        x = op.operands[0].type
+        once_s = 2 * collective_s("all_to_all", _chosen_bytes(op) * link.group_size, link)
         return once_s, once_s if x.differentiable else 0.0
     if op.target == "autoshard.batch_norm":
         # Sums and squares per channel, and the same two of the gradient.
         once_s = collective_s("all_reduce", 8.0 * op.operands[0].type.shape[1], link)
         return once_s, once_s if op.output.type.differentiable else 0.0
     return 0.0, 0.0
+
+
+def _gathered_s(op: Op, link: Link) -> tuple[float, float]:
+    """Tokens that have come to their experts, of which each rank has a part of the width.
+
+    Narayanan et al. 2021 split a layer so; Megatron gathers tokens after they have travelled, so
+    that each travels once, and scatters the sum of what the parts make of them.
+    """
+    whole = _chosen_bytes(op) * link.group_size
+    once_s = sum(collective_s(kind, whole, link) for kind in ("all_gather", "reduce_scatter"))
+    return once_s, once_s if op.operands[0].type.differentiable else 0.0
+
+
+def _chosen_bytes(op: Op) -> float:
+    """A rank's tokens, once per choice."""
+    x, choices = op.operands[0].type, op.operands[2].type.shape[-1]
+    return float(choices * x.nbytes)

@@ -100,8 +100,8 @@ def way_s(way: Way, device: Device, peak: float, unit: str = "matmul") -> float:
         if unit == "attention" and device.attention_efficiency is not None:
             share = device.attention_efficiency
         arithmetic_s += way.flops / (peak * share)
-    traffic_s = way.bytes / (device.bytes_per_s * device.memory_efficiency)
-    return max(arithmetic_s, traffic_s) + way.kernels * device.launch_s
+    rate = device.bytes_per_s * device.memory_efficiency
+    return max(arithmetic_s, way.bytes / rate) + way.apart / rate + way.kernels * device.launch_s
 
 
 def product_efficiency(product: Product, device: Device) -> float:

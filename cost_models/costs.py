@@ -51,8 +51,8 @@ class CostModel(Protocol):
         """Seconds of one collective."""
         ...
 
-    def inner_collectives(self, op: Op, axis_link: Link) -> tuple[float, float]:
-        """Forward and backward seconds of what an op communicates within itself."""
+    def inner_collectives(self, op: Op, links: Mapping[str, Link]) -> tuple[float, float]:
+        """Forward and backward seconds of what an op communicates within itself, over ``links``."""
         ...
 
 
@@ -86,8 +86,8 @@ class AnalyticCosts:
     def collective(self, kind: Collective, nbytes: float, axis_link: Link) -> float:
         return collective_s(kind, nbytes, axis_link)
 
-    def inner_collectives(self, op: Op, axis_link: Link) -> tuple[float, float]:
-        return inner_collectives_s(op, axis_link)
+    def inner_collectives(self, op: Op, links: Mapping[str, Link]) -> tuple[float, float]:
+        return inner_collectives_s(op, links)
 
 
 class MeasuredCosts(AnalyticCosts):

@@ -8,14 +8,14 @@ value has it, to the op that made it: a mask, a log-sum-exp, statistics.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoshard.cost_models.stand_ins import save_operands, stand_in
-from autoshard.cost_models.work import work_of
+from autoshard.cost_models.work import CONVERSIONS, work_of
 from autoshard.ir import Graph, Op, Value, resolve
 
 
@@ -183,6 +183,34 @@ def _collect(
         values=values, extra_bytes=extra, owners=owners,
         needs={name: tuple(found) for name, found in needs.items()},
     )  # fmt: skip
+
+
+def regathered(graph: Graph, saved: SavedActivations) -> SavedActivations:
+    """What is saved if operands that are gathered from parts are kept as those parts.
+
+    Args:
+        saved: of the graph, with everything that autograd packs.
+    """
+    inputs, parameters = ({v.name for v in vs} for vs in (graph.inputs, graph.parameters))
+    values, part_of = dict(saved.values), dict[str, str]()
+    for op in graph.ops:
+        known = CONVERSIONS.get(op.target.split(".")[1])
+        whole = op.outputs[0].name
+        if known is None or known.forward != "all_gather" or whole not in values:
+            continue
+        part = part_of[whole] = saved.owners[op.operands[0].name]
+        gone = values.pop(whole)
+        if part in parameters:
+            continue
+        size = op.operands[0].type.nbytes
+        before = values.get(part, SavedValue(num_bytes=size, savers=(), layer_input=part in inputs))
+        savers = dict.fromkeys((*before.savers, *gone.savers))
+        values[part] = replace(before, savers=tuple(savers))
+    needs = {
+        name: tuple(part_of.get(saved.owners.get(v, v), v) for v in own)
+        for name, own in saved.needs.items()
+    }
+    return replace(saved, values=values, needs=needs)
 
 
 def _fake(value: Value) -> Tensor:

@@ -36,12 +36,14 @@ class Way(NamedTuple):
             of a fixed form (attention, recurrent cells).
         bytes: read and written, by products too.
         kernels: how many are launched.
+        apart: bytes read and written by kernels of their own, before and after the arithmetic.
     """
 
     products: tuple[Product, ...] = ()
     flops: float = 0.0
     bytes: float = 0.0
     kernels: int = 0
+    apart: float = 0.0
 
 
 class Work(NamedTuple):
@@ -195,27 +197,40 @@ def _grouped_mm(op: Op, operands: Operands) -> Work:
 def _sparse_experts(op: Op, operands: Operands) -> Work:
     """Two grouped products, tokens dealt evenly to experts, between a gather and a weighted sum.
 
-    Where a rank has some of the experts and all tokens, its share of them comes to it.
+    Kernels of their own copy tokens into the order of experts, run the activation, and weigh and
+    add up what comes back; tokens that travelled are sorted once more on arrival, and back.
     """
     x, _, chosen, up, down = op.operands
     number, width, hidden = up.type.shape[0], down.type.shape[2], x.type.shape[-1]
-    share = number / op.keywords["num_experts"] if op.keywords.get("way") == "own" else 1.0
-    rows = max(1, round(chosen.type.numel * share / number))
-    products = (
-        Product(number, rows, up.type.shape[1], hidden),
-        Product(number, rows, hidden, width),
+    inner, size = up.type.shape[1], x.type.dtype.itemsize
+    rows = max(1, round(expert_rows(op) / number))
+    products = (Product(number, rows, inner, hidden), Product(number, rows, hidden, width))
+    tokens = number * rows
+    streamed = float(
+        up.type.nbytes + down.type.nbytes + tokens * size * (2 * hidden + inner + width)
     )
-    size, tokens = x.type.dtype.itemsize, number * rows
-    weights = up.type.nbytes + down.type.nbytes
-    inside = tokens * size * (4 * hidden + up.type.shape[1] + 2 * width)
-    moved = float(weights + inside + 2 * x.type.nbytes)
-    forward = Way(products, 0.0, moved, 6)
+    sorts = 2 if op.keywords.get("way") == "exchange" else 0
+    apart = float(tokens * size * (inner + width + 2 * sorts * hidden))
+    apart += chosen.type.numel * size * 5.0 * hidden + 2 * x.type.nbytes
+    forward = Way(products, 0.0, streamed, 6 + sorts, apart)
     if not x.type.differentiable and not up.type.differentiable:
         return Work(forward, NOTHING, x.type.dtype)
     back = tuple(
         each for b, m, n, k in products for each in (Product(b, m, k, n), Product(b, k, n, m))
     )
-    return Work(forward, Way(back, 0.0, 2 * moved, 12), x.type.dtype)
+    return Work(forward, Way(back, 0.0, 2 * streamed, 10 + sorts, 1.5 * apart), x.type.dtype)
+
+
+def expert_rows(op: Op) -> float:
+    """Rows that the experts of a rank work on, if a router deals them evenly.
+
+    With all tokens and some of the experts, a rank's share of them; where tokens travel, as many
+    come as go; where what comes is gathered over an axis, those of all its ranks.
+    """
+    rows = float(op.operands[2].type.numel)
+    if op.keywords.get("way") == "own":
+        rows *= op.operands[3].type.shape[0] / op.keywords["num_experts"]
+    return rows * float(op.keywords.get("gathered_ranks", 1))
 
 
 def attention(op: Op, operands: Operands) -> Work:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoshard.cost_models.products import expert_rows
 from autoshard.cost_models.work import CONVERSIONS
 from autoshard.ir import Op, Value, resolve
 
@@ -93,9 +94,9 @@ def _fused_attention(op: Op, env: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 def _experts(op: Op, env: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Operands, and per choice of a token: its copy, both products' results, and between them."""
     x, _, chosen, up, down = (v.type for v in op.operands)
-    share = up.shape[0] / op.keywords["num_experts"] if op.keywords.get("way") == "own" else 1.0
-    inside = 2 * x.shape[-1] + up.shape[1] + down.shape[2]
-    extra = round(share * chosen.numel) * (inside * x.dtype.itemsize + 8)
+    inside = x.shape[-1] + up.shape[1] + down.shape[2]
+    extra = round(expert_rows(op)) * (inside * x.dtype.itemsize + 8)
+    extra += chosen.numel * x.shape[-1] * x.dtype.itemsize
     choice = _Choice(operands=tuple(range(len(op.operands))), extra_bytes=extra)
     return _saving(op, env, choice)
 
@@ -135,7 +136,7 @@ def _fused_lstm(op: Op, env: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 def _split_embedding(op: Op, env: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The ids moved into the local range, and which of them are in it."""
-    ids = op.operands[0].type
+    ids = next(v.type for v in op.operands if not v.type.dtype.is_floating_point)
     return _saving(op, env, _Choice(extra_bytes=ids.nbytes + ids.numel))
 
 

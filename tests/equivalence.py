@@ -34,6 +34,7 @@ from autoshard.parallel import Parallel
 from autoshard.plan import files
 from autoshard.plan.plan import Plan
 from autoshard.plan.search import find_plan
+from autoshard.schedules import SCHEDULES
 
 STEPS = 3
 
@@ -53,6 +54,15 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "gpipe": {"dp": 2, "pp": 2, "schedule": "gpipe", "micro_batch_size": 1},
 }
 """What is pinned in each column of the equivalence table, on 4 ranks."""
+
+SCHEDULE_CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    name: {"pp": 2, "dp": 2, "schedule": name, "virtual_stages": 2}
+    if kind.least_virtual > 1
+    else {"pp": 4, "schedule": name}
+    for name, kind in SCHEDULES.items()
+    if name != "none"
+}
+"""Every pipeline schedule: four stages on as many ranks, or on two with two chunks each."""
 
 FAST_LINKS = Cluster(
     name="links faster than compute",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autoshard.cluster import Cluster, Device, Tier
 from autoshard.plan.plan import (
+    Alternative,
     Assignment,
     Breakdown,
     Candidate,
@@ -154,6 +155,21 @@ def _solver() -> SolverReport:
     )  # fmt: skip
 
 
+def _front() -> tuple[Alternative, ...]:
+    """The plan itself, and a mesh that is slower and leaner."""
+    return (
+        Alternative(
+            mesh=Mesh(pp=2, dp=2, tp=2), schedule="1f1b", virtual_stages=1, micro_batch_size=2,
+            data_parallel="zero1", recompute={"full": 2, "none": 4}, step_s=0.02,
+            peak_bytes=int(10.25 * 2**30),
+        ),
+        Alternative(
+            mesh=Mesh(pp=1, dp=4, tp=2), schedule="none", virtual_stages=1, micro_batch_size=2,
+            data_parallel="zero1", recompute={"none": 6}, step_s=0.0215, peak_bytes=2**33,
+        ),
+    )  # fmt: skip
+
+
 def small_plan() -> Plan:
     """Two stages x two data ranks x two tensor ranks."""
     return Plan(
@@ -170,5 +186,6 @@ def small_plan() -> Plan:
             layers={"Block": _block_report()},
         ),
         solver=_solver(), replicated=_replicated(), coupled=("batch_norm in bn1",),
-        notes=("attention 'flash' is captured as 'sdpa'",), pins={"pp": 2},
+        runners_up=_front()[1:], front=_front(), pins={"pp": 2},
+        notes=("attention 'flash' is captured as 'sdpa'",),
     )  # fmt: skip

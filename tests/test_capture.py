@@ -310,3 +310,16 @@ def test_execute_takes_a_model() -> None:
     loss = execute(program, model, tensors)
     assert torch.equal(loss, model(*batch)[1])
     assert torch.equal(loss, execute(program, tensors_of(program, model), tensors))
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_programs_run_on_the_device_of_their_tensors(
+    name: str, programs: dict[str, ir.Program]
+) -> None:
+    """What code creates (positions, masks) and constants follow; a CPU tensor would be refused."""
+    model, batch, loss_fn = zoo.build(name)
+    program = _program(programs, name)
+    tensors = layout_of(model, batch, loss_fn, None).tensors(batch)
+    meta = [{k: t.detach().to("meta") for k, t in side.items()}
+            for side in (tensors_of(program, model), tensors)]  # fmt: skip
+    assert execute(program, *meta).device.type == "meta"

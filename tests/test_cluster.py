@@ -230,6 +230,12 @@ def test_links_of_groups_on_nodes_of_eight() -> None:
     assert mixed.bytes_per_s == 4 * network.bytes_per_s
 
 
+def test_links_without_a_switch_join_some_devices_only() -> None:
+    """8 V100 in a hybrid cube mesh: a pair has one of a device's six links, a node all."""
+    rates = [link(find("v100-16"), size).levels[0].bytes_per_s for size in (2, 3, 4, 8)]
+    assert rates == pytest.approx([24e9, 99e9, 99e9, 150e9])
+
+
 def test_a_group_of_one_needs_no_link() -> None:
     alone = link(find("h100"), 1, stride=64)
     assert alone.levels == ()

@@ -38,6 +38,7 @@ FLAGS = {
     "plan": {"--world-size", "--compare", "--save", "--force", "--json", *MODEL, *PLANNING},
     "show": {"plan", "--explain", "--json"},
     "diff": {"plan", "other"},
+    "trace": {"plan", "--out", "--measured", "--force"},
     "profile": {"path", "--processes", "--name", "--force"},
     "emit": {"plan", "--out", "--force", *MODEL},
     "train": {
@@ -50,6 +51,7 @@ FLAGS = {
         "--save",
         "--save-every",
         "--max-restarts",
+        "--trace",
         "--json",
         *MODEL,
         *PLANNING,
@@ -517,25 +519,31 @@ def steps_of(found: subprocess.CompletedProcess[str]) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
+LAST = 24
+"""Steps: enough of them after the 4th for a kill to arrive in time on a busy machine."""
+
+
 def test_train_goes_on_after_a_kill(config: str, book: Path, tmp_path: Path) -> None:
-    """By a saved plan: 8 steps at once; and 2, then the rest with a rank killed after the 4th."""
+    """By a saved plan: all at once; and 2 steps, then the rest with a rank killed after the 4th."""
     planned, saved = str(tmp_path / "plan.json"), str(tmp_path / "run")
     common = ["--model", config, "--world-size", "2", "--cluster", "cpu"]
     assert main(["plan", *common, "--global-batch-size", "4", "--save", planned, "--json"]) == 0
     train = ["train", *common, "--text", str(book), "--learning-rate", "1e-2", "--json"]
     train += ["--plan", planned]
-    whole = steps_of(run([*train, "--steps", "8"]))
-    assert list(whole) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert whole[8] < whole[1]
+    trace = tmp_path / "trace.json"
+    whole = steps_of(run([*train, "--steps", str(LAST), "--trace", str(trace)]))
+    assert list(whole) == list(range(1, LAST + 1))
+    assert whole[LAST] < whole[1]
+    assert main(["trace", planned, "--measured", str(trace), "--out", f"{tmp_path}/step.svg"]) == 0
 
     first = steps_of(run([*train, "--steps", "2", "--save", saved, "--save-every", "1"]))
     assert first == {step: whole[step] for step in (1, 2)}
-    more = ["--steps", "8", "--save", saved, "--save-every", "1", "--max-restarts", "1"]
+    more = ["--steps", str(LAST), "--save", saved, "--save-every", "1", "--max-restarts", "1"]
     killed = run([*train, *more], kill_after=4)
     assert "after step 2" in killed.stderr
     resumed = [int(step) for step in re.findall(r"after step (\d+)", killed.stderr)]
-    assert len(resumed) == 2 and resumed[1] in range(3, 8), killed.stderr
-    assert steps_of(killed) == {step: whole[step] for step in range(3, 9)}
+    assert len(resumed) == 2 and resumed[1] in range(3, LAST), killed.stderr
+    assert steps_of(killed) == {step: whole[step] for step in range(3, LAST + 1)}
 
 
 def test_train_hands_on_the_exit_code_of_its_processes(config: str, book: Path) -> None:
@@ -571,6 +579,7 @@ def test_train_outside_torchrun_needs_a_world_size(
         (["--steps", "0"], "--steps expects a positive number but got 0"),
         (["--learning-rate", "-1"], "--learning-rate expects a positive number"),
         (["--save-every", "2"], "--save-every needs --save"),
+        (["--trace", "none/trace.json"], "--trace expects a file in a folder that exists"),
         (["--plan", "plan.json", "--pin", "tp=1"], "--plan has every choice made"),
         (["--world-size", "0"], "integer of at least 1"),
     ],

@@ -185,6 +185,29 @@ def test_the_analytic_model_is_a_cost_model() -> None:
     assert costs.collective("send", 1e6, on) == collective_s("send", 1e6, on)
 
 
+def test_tokens_travel_to_their_experts_from_every_rank() -> None:
+    """Each rank sends all choices of its tokens, there and back; parts of width gather more."""
+    experts, tensor = link(nodes(), 2, stride=4), link(nodes(), 4)
+    x = Value("x", TensorType((1000, 64), torch.bfloat16, True, True, True))
+    chosen = Value("c", TensorType((1000, 2), torch.int64, False, True))
+    up = Value("w", TensorType((4, 32, 64), torch.bfloat16, True, False, True))
+    kwargs = (("way", "exchange"), ("num_experts", 8), ("axis", "ep"))
+    op = Op("e", "autoshard.sparse_experts", (x, chosen, chosen, up, up), kwargs, (x,))
+    moved = 2.0 * x.type.nbytes
+    travel = 2 * collective_s("all_to_all", 2 * moved, experts)
+    assert inner_collectives_s(op, {"ep": experts, "tp": tensor}) == (travel, travel)
+    split = replace(op, kwargs=(*kwargs, ("gathered", "tp"), ("gathered_ranks", 4)))
+    gather = 2 * collective_s("all_gather", 4 * moved, tensor)
+    found = inner_collectives_s(split, {"ep": experts, "tp": tensor})
+    assert found == pytest.approx((travel + gather, travel + gather))
+
+
+def test_trees_are_chains_within_a_node() -> None:
+    """NCCL's trees join nodes: 2 steps each way for 4 of them, but 3 within a node of 4."""
+    inside = collective_s("all_reduce", 8, link(nodes(), 16))
+    assert inside == pytest.approx(2 * (3 * ALPHA + 2 * 5 * ALPHA), rel=0.01)
+
+
 def test_what_ops_communicate_within_themselves() -> None:
     on = link(flat(), 4)
     logits = Value("logits", TensorType((1000, 250), torch.bfloat16, True, True, True))
@@ -195,6 +218,6 @@ def test_what_ops_communicate_within_themselves() -> None:
     smooth = replace(plain, args=(logits, target, None, -100, 0.1))
     for op, facts in ((plain, 2), (smooth, 3)):
         expected = collective_s("all_gather", facts * 1000 * 4 * 4, on)
-        assert inner_collectives_s(op, on) == (expected, 0)
+        assert inner_collectives_s(op, {"tp": on}) == (expected, 0)
     elsewhere = replace(plain, target="aten.cross_entropy_loss.default", kwargs=())
-    assert inner_collectives_s(elsewhere, on) == (0, 0)
+    assert inner_collectives_s(elsewhere, {"tp": on}) == (0, 0)

@@ -22,7 +22,9 @@ from autoshard.cost_models.compute import (
     peak_flops,
     stream_s,
     tile_efficiency,
+    work_cost,
 )
+from autoshard.cost_models.float8 import in_float8
 from autoshard.cost_models.products import Product
 from autoshard.cost_models.work import is_product, work_of
 from autoshard.ir import Arg, Op, TensorType, Value
@@ -305,3 +307,21 @@ def test_unknown_ops_count_as_one_kernel_each_way() -> None:
         matmul_efficiency=1, memory_efficiency=1, launch_s=1e-3,
     )  # fmt: skip
     assert op_cost(made, device) == OpCost(4e-6 + 1e-3, 6e-6 + 1e-3, 0, 0)
+
+
+def test_long_products_in_8_bits_are_faster_and_short_ones_pay_for_casts() -> None:
+    h100, a100 = find("h100").device, find("a100-80").device
+
+    def ratio(size: int, device: Device) -> float:
+        layer = _linear(size, size, size)
+        work = work_of(layer)
+        return work_cost(in_float8(layer, work), device).total_s / work_cost(work, device).total_s
+
+    assert 0.5 < ratio(8192, h100) < 0.75
+    assert ratio(512, h100) > 1
+    assert ratio(8192, a100) > 1  # no units for it: only the casts come on top
+
+
+def test_only_linear_layers_are_cast() -> None:
+    product = op("mm.default", value("y", 4, 6), value("a", 4, 5), value("b", 5, 6))
+    assert in_float8(product, work_of(product)) == work_of(product)

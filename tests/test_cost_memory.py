@@ -12,7 +12,7 @@ from ranks import run_threads
 from torch import Tensor
 
 from autoshard.capture import capture, run_graph
-from autoshard.cost_models.memory import SavedActivations, saved_values, workspace_bytes
+from autoshard.cost_models.memory import SavedActivations, regathered, saved_values, workspace_bytes
 from autoshard.cost_models.state import (
     OPTIMIZER_STATES,
     StateBytes,
@@ -204,6 +204,27 @@ def test_ops_of_the_runtime_save_on_ranks_what_is_said_without_ranks(name: str) 
         return really_saved(graph, tensors_for(graph, CPU))
 
     assert run_threads(2, on_rank) == [saved_values(graph).total_bytes] * 2
+
+
+def test_ids_of_a_split_embedding_are_saved_in_whatever_order_they_come() -> None:
+    first = _RUNTIME["embedding"]
+    ids, weight = first.ops[0].args
+    turned = replace(first, ops=(replace(first.ops[0], args=(weight, ids)),))
+    assert saved_values(turned).total_bytes == saved_values(first).total_bytes
+
+
+def test_parts_are_kept_of_what_is_gathered_again() -> None:
+    """Two products read a gathered value: its part is saved once, and itself not at all."""
+    x, whole, w = _value("x", 8, 6), _value("whole", 16, 6), _value("w", 6, 4)
+    gather = Op("gather", "autoshard.all_gather", (x, 0, 16), _AXIS, (whole,))
+    products = [_op("mm.default", _value(name, 16, 4), whole, w) for name in ("y", "z")]
+    graph = _graph(gather, *products, inputs=(x,), parameters=(w,))
+    saved = saved_values(graph)
+    assert saved.total_bytes == 16 * 6 * 4
+    kept = regathered(graph, saved)
+    assert (kept.total_bytes, set(kept.values)) == (8 * 6 * 4, {"x"})
+    assert kept.values["x"].savers == tuple(op.name for op in products)
+    assert all(kept.needs[op.name] == ("x",) for op in products)
 
 
 def test_workspace_holds_the_gradients_of_the_widest_place() -> None:

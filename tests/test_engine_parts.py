@@ -19,7 +19,14 @@ from autoshard.runtime.agreement import fingerprint
 from autoshard.runtime.data_parallel import Replicated, data_parallel, is_split_over_dp
 from autoshard.runtime.engine import Engine, EngineConfig, gathered_units
 from autoshard.runtime.mesh import Mesh, using
-from autoshard.runtime.parameters import Layer, Parameter, declared, load_parameters, local
+from autoshard.runtime.parameters import (
+    Layer,
+    Parameter,
+    declared,
+    load_parameters,
+    local,
+    local_part,
+)
 from autoshard.schedule import Schedule
 from autoshard.schedules import gpipe
 
@@ -77,7 +84,7 @@ def held(mode: str) -> dict[str, Any]:
         seen["part"] = slot.local.numel() / parameter.numel()
         state = engine.optimizer.state[slot.local]["exp_avg"]
         seen["state"] = state.numel() / parameter.numel()
-        assert slot.local.data_ptr() == parameter.to_local().data_ptr()
+        assert slot.local.data_ptr() == local_part(parameter).data_ptr()
     return seen
 
 
@@ -286,10 +293,10 @@ def relay(frozen: bool, schedule: str) -> tuple[list[float], Tensor | None, list
         engine = Engine(made, mesh=mesh, config=config, optimizer="sgd")
         losses = [engine.step(relay_batch(step)) for step in range(2)]
         gradient = made.w.grad
-        return losses, None if gradient is None else gradient.to_local(), made.seen
+        return losses, None if gradient is None else local_part(gradient), made.seen
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_masks_ids_and_cut_values_along_three_stages(
     frozen: bool, schedule: str, ranks: Pool
@@ -388,16 +395,23 @@ def test_wrong_configurations() -> None:
         alone().step(batch(4, 0))
 
 
-def wrong_schedule(schedule: str | Schedule) -> None:
+def wrong_schedule(schedule: str | Schedule, words: str) -> None:
     mesh = Mesh.create({"pp": 2, "dp": 1, "tp": 1})
-    with using(mesh), pytest.raises(OptionError, match="stages"):
+    with using(mesh), pytest.raises(OptionError, match=words):
         config = EngineConfig(batch=batch_values(SIZE), num_micro_batches=2, schedule=schedule)
         Engine(Stage(mesh.rank("pp"), 2, torch.float64), mesh=mesh, config=config)
 
 
-@pytest.mark.parametrize("schedule", ["none", gpipe(2, 4)], ids=["none", "gpipe"])
-def test_schedule_that_does_not_fit(schedule: str | Schedule, ranks: Pool) -> None:
-    ranks.run(wrong_schedule, schedule, world=2)
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("none", "a pipeline schedule for 2 stages"),
+        (gpipe(2, 4), "2 ranks and 2 micro-batches but got one of 2 and 4"),
+    ],
+    ids=["none", "gpipe"],
+)
+def test_schedule_that_does_not_fit(schedule: str | Schedule, words: str, ranks: Pool) -> None:
+    ranks.run(wrong_schedule, schedule, words, world=2)
 
 
 # -- agreement ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 from autoshard.errors import OptionError
 from benchmarks.published.__main__ import main
-from benchmarks.published.layouts import MEGATRON, Unpredictable, layout_of, shape_of, stages_of
+from benchmarks.published.layouts import Unpredictable, layout_of, shape_of, stages_of
 from benchmarks.published.machines import cluster_of
 from benchmarks.published.metrics import (
     Confusion,
@@ -128,8 +128,30 @@ class TestLayouts:
         assert (pins.pp, pins.dp, pins.tp, pins.micro_batch_size) == (2, 1, 2, 2)
         assert (pins.stages, pins.recompute, pins.data_parallel) == ((2, 2), "full", "ddp")
         assert pins.sequence_parallel is False
-        assert set(pins.sharding) == set(MEGATRON) - {"*.feed_forward.gate.weight", "head.weight"}
+        assert pins.sharding == {
+            "*.attention.qkv.*.weight": "S(0;256,256,256)", "*.attention.out.weight": "S(1)",
+            "*.feed_forward.up.weight": "S(0)", "*.feed_forward.down.weight": "S(1)",
+            "embedding.weight": "S(0)",
+        }  # fmt: skip
         assert layout.open == ()
+
+    def test_experts_are_split_by_width_or_dealt_over_tensor_ranks_too(self) -> None:
+        cells = {"experts": 8, "topk": 2, "ffn_moe": 128, "ffn_gated": 1, "tp": 2, "dp": 4, "ep": 4,
+            "gpus": 8}  # fmt: skip
+        for notes, ep, up in (("", 4, "S(1;128,128)"), ("MCore+Folding; ETP=1", 2, "S(0)")):
+            row = row_with(**cells, notes=notes)
+            stack = stack_of(row)
+            pins = layout_of(row, shape_of(row, stack), stack).pins
+            assert (pins.ep, pins.sharding["*.feed_forward.up"]) == (ep, up)
+        row = row_with(**{**cells, "tp": 8, "dp": 1}, notes="ETP=1")
+        with pytest.raises(Unpredictable, match="tp=8 is no divisor"):
+            layout_of(row, shape_of(row, stack_of(row)), stack_of(row))
+
+    def test_interleaving_of_unknown_degree_is_as_deep_as_layers_divide(self) -> None:
+        row = row_with(layers=12, pp=2, dp=1, vpp=None, schedule="interleaved?")
+        stack = stack_of(row)
+        pins = layout_of(row, shape_of(row, stack), stack).pins
+        assert (pins.schedule, pins.virtual_stages) == ("interleaved-1f1b", 6)
 
     def test_what_is_left_open(self) -> None:
         row = row_with(microbatch=None, recompute="")
@@ -203,6 +225,21 @@ class TestModels:
         other.load_state_dict(model.state_dict())
         tokens = torch.randint(50, (2, 8))
         torch.testing.assert_close(model(tokens, tokens), other(tokens, tokens))
+
+    def test_projections_are_the_same_in_one_product(self) -> None:
+        shape = Shape(
+            layers=1, hidden=32, heads=4, kv_heads=2, ffn=64, vocab=50, sequence=8, gated=True,
+            tied=False, rotary=True, rms_norm=True, bias=False,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        apart, joint = Decoder(shape), Decoder(replace(shape, fused_projections=True))
+        state = apart.state_dict()
+        for of, names in (("attention.qkv", "qkv"), ("feed_forward.up", ("gate", "up"))):
+            parts = [state.pop(f"layers.0.{of}.products.{n}.weight") for n in names]
+            state[f"layers.0.{of}.product.weight"] = torch.cat(parts)
+        joint.load_state_dict(state)
+        tokens = torch.randint(50, (2, 8))
+        torch.testing.assert_close(apart(tokens, tokens), joint(tokens, tokens))
 
     def test_a_position_sees_none_after_it(self) -> None:
         shape = Shape(

@@ -16,6 +16,7 @@ from autoshard.ir import Graph, Op, TensorType, Value
 from autoshard.plan.recompute import (
     LayerCosts,
     best_within,
+    pinned_menu,
     recompute_menu,
     repeated_ops,
 )
@@ -232,3 +233,25 @@ def test_repeated_ops_are_those_that_checkpoint_runs_again(last):
     for kernel in ("mm", "silu", "_softmax", "tanh", "add"):
         seen = sum(name.startswith(f"aten.{kernel}.") for name in log.seen)
         assert seen - own.get(kernel, 0) == wanted.count(kernel), kernel
+
+
+def test_a_region_keeps_what_comes_in_and_what_others_save_of_it() -> None:
+    """``a -> [b -> c] -> d`` with the middle recomputed: ``a`` stays for it, ``c`` for ``d``."""
+    x, a, b, c, d = (value(name, size) for name, size in zip("xabcd", range(1, 6), strict=True))
+    chain = ((x, a), (a, b), (b, c), (c, d))
+    ops = tuple(Op(f"to_{y.name}", "test.op.default", (v,), (), (y,)) for v, y in chain)
+    saved = SavedActivations(
+        values={
+            "b": SavedValue(num_bytes=12, savers=("to_b", "to_c"), layer_input=False),
+            "c": SavedValue(num_bytes=16, savers=("to_d",), layer_input=False),
+        },
+        extra_bytes={"to_a": 100, "to_c": 1000}, needs={"to_c": ("b",), "to_d": ("c",)},
+        owners={name: name for name in "xabcd"},
+    )  # fmt: skip
+    seconds = {op.name: 2.0**i for i, op in enumerate(ops)}
+    layer = LayerCosts(graph=Graph((x,), (), ops, (d,)), forward_s=seconds, saved=saved)
+    none, region = pinned_menu(layer, lambda op: op.name in ("to_b", "to_c"), regions=True)
+    assert none.saved_bytes == 12 + 16 + 100 + 1000
+    assert region.saved_bytes == a.type.nbytes + 16 + 100
+    assert region.extra_backward_s == 2.0 + 4.0
+    assert region.peak_recompute_bytes == none.saved_bytes - region.saved_bytes

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from drawn import offered
 from rule_harness import I, T, integers, make_op, prove
 
 from autoshard.ir import Op
+from autoshard.placement import registry
+from autoshard.runtime.experts import EXCHANGE, EXPERTS, FOLDED_EXPERTS
 
 
 def op_of(
@@ -36,3 +40,20 @@ def test_what_is_offered() -> None:
         "S(0), S(0), S(0), S(0), S(0) -> S(0) [exchange]",
         "S(1), S(1), S(1), S(0), S(0) -> S(1) [exchange]",
     }
+
+
+def test_spread_experts_are_split_once_more() -> None:
+    """Over ranks that have parts of the tokens: each expert's width, or the experts themselves."""
+    whole = op_of()
+    spread = replace(whole, kwargs=(*whole.kwargs, ("way", EXCHANGE), ("axis", EXPERTS)))
+    assert offered(spread, 4) - offered(whole, 4) == {
+        f"S({d}), S({d}), S({d}), {up}, {down} -> S({d}) [{way}]"
+        for d in (0, 1)
+        for up, down, way in (("S(1;8,8)", "S(2)", "gathered"), ("S(0)", "S(0)", "folded"))
+    }
+    ways = {s.implementation: s for s in registry.strategies(spread, 4) if s.splits_work}
+    gathered = registry.localise(spread, ways["gathered"], "tp", 4).keywords
+    assert (gathered["axis"], gathered["gathered"], gathered["gathered_ranks"]) == ("ep", "tp", 4)
+    folded = registry.localise(spread, ways["folded"], "tp", 4)
+    assert folded.keywords["axis"] == FOLDED_EXPERTS
+    assert folded.operands[3].type.shape[0] == 1

@@ -92,7 +92,7 @@ def test_all_to_alls_carry_every_choice_of_every_token() -> None:
     choices, hidden, tokens, layers = 2, 16, 2 * 6, 2
     moved = float(choices * tokens * hidden * 8)
     for stage, ep in ((two, 2), (four, 4)):
-        once = collective_s("all_to_all", moved, link(CLUSTER, ep))
+        once = collective_s("all_to_all", ep * moved, link(CLUSTER, ep))
         assert stage.communication_s == pytest.approx(4 * layers * once)
 
 

@@ -13,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from autoshard.capture import capture
 from autoshard.cost_models.pipeline import StageSeconds, simulate
-from autoshard.emit import emit
 from autoshard.errors import InfeasibleError, OptionError, PlanFileError
 from autoshard.ir import Program
 from autoshard.options import Constraints
@@ -131,11 +130,6 @@ def test_pins_that_contradict_each_other(pins: dict[str, Any], words: str) -> No
 def test_more_chunks_than_parts_with_parameters() -> None:
     with pytest.raises(OptionError, match="pp times virtual_stages may be at most"):
         plan_for(virtual_stages=50)
-
-
-def test_a_plan_for_predictions_only_is_not_emitted() -> None:
-    with pytest.raises(OptionError, match="for predictions only"):
-        emit(program(), plan_for(schedule="zb-2p"))
 
 
 def test_a_plan_file_whose_stages_and_chunks_disagree(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -37,19 +38,12 @@ def training_branches(model: nn.Module, notes: list[str]) -> Iterator[None]:
         return
     from transformers import masking_utils
 
-    patches = {
-        "is_torchdynamo_exporting": lambda: False,
-        "find_packed_sequence_indices": lambda position_ids: None,
-    }
     with contextlib.ExitStack() as stack:
-        for name, function in patches.items():
-            if hasattr(masking_utils, name):
-                stack.enter_context(mock.patch.object(masking_utils, name, function))
-            else:
-                notes.append(
-                    f"this release of transformers has no masking_utils.{name}: attention may be "
-                    "captured with dense masks, which is right but slower"
-                )
+        for name in _patch_tracing(stack, masking_utils):
+            notes.append(
+                f"this release of transformers has no masking_utils.{name}: attention may be "
+                "captured with dense masks, which is right but slower"
+            )
         for config in _configs(model):
             _set(stack, config, "use_cache", False)
             implementation = getattr(config, "_attn_implementation", None)
@@ -57,6 +51,30 @@ def training_branches(model: nn.Module, notes: list[str]) -> Iterator[None]:
                 _set(stack, config, "_attn_implementation", "sdpa")
                 notes.append(f"attention {implementation!r} is captured as 'sdpa'")
         yield
+
+
+def _patch_tracing(stack: contextlib.ExitStack, masking: ModuleType) -> list[str]:
+    """Let masks be left out as in training; returns what this release should have but has not.
+
+    Releases ask in different ways whether they are traced; a mask that was given is still one.
+    """
+    traced: Callable[[Any], bool] | None = getattr(masking, "is_tracing", None)
+
+    def is_tracing(tensor: Any = None) -> bool:
+        return tensor is not None and traced is not None and traced(tensor)
+
+    asked: dict[str, Callable[..., bool]] = {
+        "is_torchdynamo_exporting": lambda: False,
+        "is_tracing": is_tracing,
+        "is_torchdynamo_compiling": lambda: False,
+    }
+    present = [name for name in asked if hasattr(masking, name)]
+    for name in present:
+        stack.enter_context(mock.patch.object(masking, name, asked[name]))
+    packed = "find_packed_sequence_indices"
+    if hasattr(masking, packed):
+        stack.enter_context(mock.patch.object(masking, packed, lambda position_ids: None))
+    return [*([] if present else ["is_tracing"]), *([] if hasattr(masking, packed) else [packed])]
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -5,7 +5,8 @@ This is the reference that every rewrite is tested against. It is not how traini
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -15,10 +16,15 @@ from autoshard.errors import InternalError
 Tensors = Mapping[str, torch.Tensor]
 
 
-def run_graph(graph: ir.Graph, env: Tensors) -> tuple[torch.Tensor, ...]:
+def run_graph(
+    graph: ir.Graph, env: Tensors, device: torch.device | None = None
+) -> tuple[torch.Tensor, ...]:
     """The graph's outputs on the tensors of ``env``, which holds every input and parameter by name.
 
     Differentiable with plain autograd. Ops that mutate a buffer write to the tensor in ``env``.
+
+    Args:
+        device: where ops create tensors; by default that of the tensors in ``env``.
 
     Raises:
         InternalError: if ``env`` lacks a value, or an op returns another number of tensors than
@@ -29,8 +35,9 @@ def run_graph(graph: ir.Graph, env: Tensors) -> tuple[torch.Tensor, ...]:
         if value.name not in env:
             raise InternalError(f"run_graph: expected a tensor for {value} but got none")
         values[value.name] = env[value.name]
+    device = device or next((tensor.device for tensor in values.values()), None)
     for op in graph.ops:
-        _run_op(op, values)
+        _run_op(op, values, device)
     return tuple(values[v.name] for v in graph.outputs)
 
 
@@ -41,11 +48,13 @@ def run_program(program: ir.Program, tensors: Tensors, batch: Tensors) -> torch.
         tensors: parameters and buffers by canonical name (see :func:`tensors_of`).
         batch: batch tensors by input name.
     """
-    values = {**program.constants, **tensors, **batch}
+    values = {**tensors, **batch}
+    device = next(tensor.device for tensor in values.values())
+    values.update((name, tensor.to(device)) for name, tensor in program.constants.items())
     for segment in program.segments:
         graph = segment.layer.graph
         env = {v.name: values[segment.bindings[v.name]] for v in (*graph.inputs, *graph.parameters)}
-        values.update(zip(segment.outputs, run_graph(graph, env), strict=True))
+        values.update(zip(segment.outputs, run_graph(graph, env, device), strict=True))
     return values[program.loss]
 
 
@@ -62,10 +71,13 @@ def execute(program: ir.Program, model: torch.nn.Module | Tensors, batch: Tensor
     return run_program(program, tensors, batch)
 
 
-def _run_op(op: ir.Op, values: dict[str, torch.Tensor]) -> None:
+def _run_op(op: ir.Op, values: dict[str, torch.Tensor], device: torch.device | None) -> None:
     bound = op.map(lambda v: values[v.name])
+    function, keywords = ir.resolve(op.target), dict(bound.kwargs)
+    if not op.operands and _takes_device(function):
+        keywords["device"] = device
     try:
-        result = ir.resolve(op.target)(*bound.args, **dict(bound.kwargs))
+        result = function(*bound.args, **keywords)
     except (RuntimeError, TypeError, IndexError) as error:
         error.add_note(f"while running {op} (module {op.module or '<root>'}, {op.source})")
         raise
@@ -73,3 +85,8 @@ def _run_op(op: ir.Op, values: dict[str, torch.Tensor]) -> None:
     if len(results) != len(op.outputs):
         raise InternalError(f"expected {len(op.outputs)} results but got {len(results)}: {op}")
     values.update((v.name, r) for v, r in zip(op.outputs, results, strict=True))
+
+
+def _takes_device(function: Callable[..., Any]) -> bool:
+    schema = getattr(function, "_schema", None)
+    return schema is not None and any(a.name == "device" for a in schema.arguments)

@@ -1,4 +1,4 @@
-"""The command line: ``autoshard plan | show | diff | emit | train | profile``.
+"""The command line: ``autoshard plan | show | diff | trace | emit | train | profile``.
 
 Each command is a class whose docstring is its help text. :func:`main` returns the exit code, see
 ``EXIT_CODES``.
@@ -16,7 +16,7 @@ from typing import Protocol
 from autoshard import __version__
 from autoshard.errors import AutoshardError, CheckpointError, LaunchError
 
-COMMANDS = ("plan", "show", "diff", "emit", "train", "profile")
+COMMANDS = ("plan", "show", "diff", "trace", "emit", "train", "profile")
 
 EXIT_CODES = """\
 exit codes:

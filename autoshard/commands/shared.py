@@ -16,7 +16,7 @@ from autoshard.errors import OptionError
 
 if TYPE_CHECKING:
     from autoshard.models import ModelSpec
-    from autoshard.plan.plan import Breakdown, Memory, Plan
+    from autoshard.plan.plan import Alternative, Breakdown, Memory, Mesh, Plan
 
 MODEL_HELP = """\
 MODEL is one of
@@ -235,7 +235,7 @@ def as_data(plan: Plan, seconds: Mapping[str, float] | None = None) -> dict[str,
         "program": plan.program,
         "cluster": plan.cluster.name,
         "world_size": plan.world_size,
-        "mesh": {a: getattr(plan.mesh, a) for a in ("pp", "dp", "cp", "tp", "ep")},
+        "mesh": _mesh(plan.mesh),
         "schedule": plan.schedule,
         "virtual_stages": plan.virtual_stages,
         "data_parallel": plan.data_parallel,
@@ -261,7 +261,26 @@ def as_data(plan: Plan, seconds: Mapping[str, float] | None = None) -> dict[str,
         "coupled": list(plan.coupled),
         "notes": list(plan.notes),
         "pins": dict(plan.pins),
+        "runners_up": [_alternative(other) for other in plan.runners_up],
+        "front": [_alternative(point) for point in plan.front],
     }
+
+
+def _alternative(other: Alternative) -> dict[str, Any]:
+    return {
+        "mesh": _mesh(other.mesh),
+        "schedule": other.schedule,
+        "virtual_stages": other.virtual_stages,
+        "micro_batch_size": other.micro_batch_size,
+        "data_parallel": other.data_parallel,
+        "recompute": dict(other.recompute),
+        "predicted_step_s": other.step_s,
+        "peak_bytes": other.peak_bytes,
+    }
+
+
+def _mesh(mesh: Mesh) -> dict[str, int]:
+    return {axis: getattr(mesh, axis) for axis in ("pp", "dp", "cp", "tp", "ep")}
 
 
 def _rank(rank: Breakdown) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from autoshard.commands import shared
 from autoshard.errors import LaunchError, OptionError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from autoshard.parallel import Parallel
 
 
@@ -76,6 +78,13 @@ class TrainCommand:
             "--save they resume (default 0)",
         )
         group.add_argument(
+            "--trace",
+            type=Path,
+            metavar="FILE",
+            help="write what every rank did when in the last step, for ui.perfetto.dev and "
+            "autoshard trace --measured; overwrites FILE",
+        )
+        group.add_argument(
             "--json",
             action="store_true",
             help="print one JSON object per step: step, loss, seconds",
@@ -116,6 +125,8 @@ def _check(args: argparse.Namespace) -> None:
         raise OptionError("--save-every needs --save FOLDER to know where")
     if args.plan and args.pin:
         raise OptionError("--plan has every choice made, so --pin cannot change any: give one")
+    if args.trace and (args.trace.is_dir() or not args.trace.parent.is_dir()):
+        raise OptionError(f"--trace expects a file in a folder that exists but got {args.trace}")
     if not args.text.is_file():
         raise OptionError(f"expected a text file at {args.text} but there is none")
     if args.plan:
@@ -140,7 +151,10 @@ def _train(args: argparse.Namespace) -> None:
     for step in range(first, args.steps):
         batch = text.text_batch(tokens, parallel.plan.global_batch_size, length, step)
         start = time.perf_counter()
-        loss = parallel.step(parallel.local_batch(batch))
+        if args.trace and step + 1 == args.steps:
+            loss = _traced(parallel, parallel.local_batch(batch), args.trace)
+        else:
+            loss = parallel.step(parallel.local_batch(batch))
         seconds.append(time.perf_counter() - start)
         if parallel.is_main:
             _report(args.json, step + 1, loss, seconds[-1])
@@ -196,6 +210,16 @@ def _compile(args: argparse.Namespace) -> tuple[Parallel, int]:
     for group in parallel.optimizer.param_groups:
         group["lr"] = args.learning_rate
     return parallel, int(example["input_ids"].shape[1])
+
+
+def _traced(parallel: Parallel, batch: dict[str, Tensor], path: Path) -> float:
+    """A step whose timeline is written; its loss."""
+    from autoshard.report.trace import chrome_trace
+
+    loss, timeline = parallel.trace(batch)
+    if parallel.is_main:
+        path.write_text(chrome_trace([timeline]))
+    return loss
 
 
 def _report(as_json: bool, step: int, loss: float, seconds: float) -> None:

@@ -143,7 +143,7 @@ def _documented(source: str, group: list[StageWriter], graphs: StageGraphs) -> s
 
 
 def load_stage(emitted: Emitted, index: int) -> type[BaseStage]:
-    """The class of a pipeline rank's stage; tracebacks through it show the emitted source."""
+    """The class of a pipeline stage; tracebacks through it show the emitted source."""
     file = emitted.manifest["stages"][index]["file"]
     source = emitted.files[file]
     name = f"autoshard_emitted_{abs(hash(source)):x}"

@@ -19,9 +19,12 @@ MANIFEST_VERSION = 1
 def manifest(
     graphs: StageGraphs, files: Iterable[str], writers: Iterable[StageWriter]
 ) -> dict[str, Any]:
-    """Everything that JSON can hold; one entry in ``stages`` per pipeline rank."""
+    """Everything that JSON can hold; one entry in ``stages`` per pipeline stage."""
     program, plan = graphs.program, graphs.plan
-    stages = [_stage(graphs, file, w) for file, w in zip(files, writers, strict=True)]
+    stages = [
+        {"rank": home, **_stage(graphs, file, w)}
+        for home, file, w in zip(plan.homes, files, writers, strict=True)
+    ]
     used = {p["name"] for stage in stages for p in stage["parameters"]}
     return {
         "version": MANIFEST_VERSION,
@@ -32,6 +35,7 @@ def manifest(
         "micro_batch_size": plan.micro_batch_size,
         "num_micro_batches": plan.num_micro_batches,
         "schedule": plan.schedule,
+        "virtual_stages": plan.virtual_stages,
         "data_parallel": plan.data_parallel,
         "precision": plan.precision,
         "optimizer": plan.optimizer,
@@ -60,6 +64,7 @@ def _stage(graphs: StageGraphs, file: str, writer: StageWriter) -> dict[str, Any
     return {
         "file": file,
         "layers": layers,
+        "recomputes": any(call.recompute.mode != "none" for call in stage.calls),
         "inputs": [_boundary(writer, name) for name in stage.receives],
         "outputs": [_boundary(writer, name) for name in stage.sends],
         "parameters": [_use(use) for use in _uses(graphs, writer).values()],

@@ -91,10 +91,12 @@ class _Watched:
             self._note(_kind(motion), axis_link, value_type.nbytes, own_s)
         return seconds
 
-    def inner_collectives(self, op: Op, axis_link: Link) -> tuple[float, float]:
-        seconds = self._costs.inner_collectives(op, axis_link)
-        for own_s in seconds:
-            self._note(WITHIN_OPS, axis_link, op.output.type.nbytes, own_s)
+    def inner_collectives(self, op: Op, links: Mapping[str, Link]) -> tuple[float, float]:
+        seconds = self._costs.inner_collectives(op, links)
+        axes = op.keywords.get("axes", (op.keywords.get("axis"),))
+        for axis in [axis for axis in axes if axis in links][:1]:
+            for own_s in seconds:
+                self._note(WITHIN_OPS, links[axis], op.output.type.nbytes, own_s)
         return seconds
 
     def taken(self) -> list[_Call]:

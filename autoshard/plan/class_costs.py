@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
 
 from autoshard.cluster import Cluster, Link, link
 from autoshard.cost_models.compute import OpCost, fan_out_s, work_cost
 from autoshard.cost_models.costs import CostModel
-from autoshard.cost_models.memory import SavedActivations
+from autoshard.cost_models.float8 import in_float8
+from autoshard.cost_models.memory import SavedActivations, regathered
+from autoshard.cost_models.work import work_of
 from autoshard.ir import Graph, Op, Program, TensorType
 from autoshard.options import Constraints
 from autoshard.placement.conversion import conversion_states, is_conversion
 from autoshard.placement.state import State
+from autoshard.plan.expert_axis import expert_links
 from autoshard.plan.memo import RankClass
 from autoshard.plan.plan import Assignment, Mesh
 from autoshard.plan.recompute import LayerCosts, MenuEntry, pinned_menu, recompute_menu
@@ -64,7 +67,7 @@ def axis_links(cluster: Cluster, mesh: Mesh) -> dict[str, Link]:
         "tp": link(cluster, mesh.tp, 1),
         "cp": link(cluster, mesh.cp, mesh.tp),
         "dp": link(cluster, mesh.dp, mesh.cp * mesh.tp),
-        "ep": link(cluster, mesh.ep, mesh.cp * mesh.tp),
+        **expert_links(cluster, mesh.ep, mesh.cp * mesh.tp, mesh.tp),
     }
 
 
@@ -100,7 +103,9 @@ def cost_classes(
         assignment = assignments.get(layer.name)
         key = (layer.name, repr(assignment))
         if key not in known:
-            one = _Class(ranks[layer.name], links, costs, software, pins.recompute_ops)
+            float8 = software.float8_products and layer.kind == "layer"
+            own = replace(software, float8_products=float8)
+            one = _Class(ranks[layer.name], links, costs, own, pins.recompute_ops)
             known[key] = one.cost(
                 layer.name, assignment, shared[layer.name],
                 num_points if layer.kind == "layer" else 0,
@@ -163,9 +168,14 @@ class _Class:
         forward = self._launched(forward, self.rank.launches[0] + moves[0])
         backward = self._launched(backward, self.rank.launches[1] + moves[1])
         saved = self.rank.saved
+        if self.software.regathers:
+            saved = regathered(graph, saved)
         layer = LayerCosts(graph=graph, forward_s=forward, saved=saved, shared_inputs=shared)
         if self.recompute_ops:
-            menu = pinned_menu(layer, lambda op: names_op(self.recompute_ops, name, op))
+            menu = pinned_menu(
+                layer, lambda op: names_op(self.recompute_ops, name, op),
+                regions=self.software.checkpoints_regions,
+            )  # fmt: skip
         else:
             menu = recompute_menu(layer, max(2, num_points))
         trainable = {v.name: v.type for v in graph.parameters if v.type.differentiable}
@@ -183,9 +193,11 @@ class _Class:
         )  # fmt: skip
 
     def _op(self, op: Op) -> OpCost:
-        if self.software.fuses_pointwise:
-            return work_cost(self.rank.fused[op.name], self.costs.cluster.device)
-        return self.costs.op(op)
+        software, device = self.software, self.costs.cluster.device
+        if not (software.fuses_pointwise or software.float8_products):
+            return self.costs.op(op)
+        work = self.rank.fused[op.name] if software.fuses_pointwise else work_of(op)
+        return work_cost(in_float8(op, work) if software.float8_products else work, device)
 
     def _launched(self, seconds: dict[str, float], kernels: int) -> dict[str, float]:
         """The device waits for the host where that takes longer over all ops of the class.
@@ -223,8 +235,7 @@ def collective_seconds(
         return None
     if is_conversion(op):
         return _conversion_s(op, found[0], costs)
-    pairs = [costs.inner_collectives(op, group) for group in found]
-    return sum(f for f, _ in pairs), sum(b for _, b in pairs)
+    return costs.inner_collectives(op, links)
 
 
 def sum_over_tp_s(

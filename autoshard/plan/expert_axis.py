@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autoshard.cluster import Cluster, Link, link
 from autoshard.errors import OptionError
 from autoshard.ir import Arg, Graph, Op, Value
 from autoshard.plan.local_program import LocalProgram
-from autoshard.runtime.experts import EXCHANGE
+from autoshard.runtime.experts import EXCHANGE, EXPERTS, FOLDED_EXPERTS
 
-AXIS = "ep"
 _OP = "autoshard.sparse_experts"
 
 
@@ -40,9 +40,21 @@ def expert_parameters(graph: Graph) -> frozenset[str]:
     return frozenset(
         name
         for op in graph.ops
-        if op.target == _OP and op.keywords.get("axis") == AXIS
+        if op.target == _OP and op.keywords.get("axis") in (EXPERTS, FOLDED_EXPERTS)
         for name in _weights(graph, op)[0]
     )
+
+
+def expert_links(cluster: Cluster, ep: int, stride: int, tp: int) -> dict[str, Link]:
+    """The links over which tokens travel: among ``ep`` ranks, alone or together with ``tp``.
+
+    Args:
+        stride: devices from one rank of ``ep`` to the next.
+    """
+    return {
+        EXPERTS: link(cluster, ep, stride),
+        FOLDED_EXPERTS: link(cluster, ep * tp, stride // tp),
+    }
 
 
 def _weights(graph: Graph, op: Op) -> tuple[set[str], set[str]]:
@@ -87,7 +99,7 @@ def _spread(graph: Graph, ep: int) -> Graph:
         if op.target != _OP:
             return new
         number = op.operands[3].type.shape[0]
-        added = (("way", EXCHANGE), ("num_experts", number), ("axis", AXIS))
+        added = (("way", EXCHANGE), ("num_experts", number), ("axis", EXPERTS))
         return replace(new, kwargs=(*new.kwargs, *added))
 
     return Graph(

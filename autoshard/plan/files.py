@@ -161,7 +161,8 @@ def _comparable(plan: Plan) -> dict[str, Any]:
     from autoshard.report.stages import describe_segments
 
     tree: dict[str, Any] = msgspec.to_builtins(plan)
-    del tree["solver"]
+    for name in ("solver", "runners_up", "front"):
+        del tree[name]
     for entry, stage in zip(tree["stages"], plan.stages, strict=True):
         entry["segments"] = "; ".join(describe_segments(stage))
     return tree

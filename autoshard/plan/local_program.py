@@ -146,10 +146,12 @@ def axis_problem(
     allowed: Callable[[str, Op, Strategy], bool] = lambda layer, op, strategy: True,
     saved: Mapping[str, Mapping[str, tuple[str, ...]]] | None = None,
     state_bytes_per_byte: float = 4.0,
+    links: Mapping[str, Link] | None = None,
 ) -> ShardingProblem:
     """The sharding program's data for one mesh axis of ``n`` ranks ``stride`` devices apart.
 
     Args:
+        links: of other axes, which ops that are split over them already communicate on.
         graphs: class name -> graph as earlier axes left it.
         interface_states: program value -> states that it may pass in, for batch and loss.
         allowed: which strategies of an op of a class may be chosen.
@@ -160,6 +162,7 @@ def axis_problem(
         OptionError: an op has no strategy that is allowed.
     """
     group = link(cluster, n, stride)
+    links = {**(links or {}), axis: group}
     counts: dict[str, int] = {}
     for segment in program.segments:
         counts[segment.layer.name] = counts.get(segment.layer.name, 0) + 1
@@ -175,7 +178,7 @@ def axis_problem(
         ClassProblem(
             name=layer.name, graph=graphs[layer.name], count=counts[layer.name],
             saved=(saved or {}).get(layer.name, {}),
-            **_options(layer.name, graphs[layer.name], axis, costs, group, allowed),
+            **_options(layer.name, graphs[layer.name], axis, costs, links, allowed),
         )
         for layer in program.classes
     )  # fmt: skip
@@ -206,11 +209,11 @@ def _options(
     graph: Graph,
     axis: str,
     costs: CostModel,
-    group: Link,
+    links: Mapping[str, Link],
     allowed: Callable[[str, Op, Strategy], bool],
 ) -> _Options:
     """By op: the strategies that it may have, and what they take."""
-    n, hints = group.group_size, block_hints(graph)
+    n, hints = links[axis].group_size, block_hints(graph)
     offered: dict[str, list[Strategy]] = {}
     seconds: dict[str, list[float]] = {}
     for op in graph.ops:
@@ -223,13 +226,13 @@ def _options(
                 f"its output can be: {states}"
             )
         local = (localise(op, s, axis, n) for s in offered[op.name])
-        seconds[op.name] = [_op_s(each, costs, group) for each in local]
+        seconds[op.name] = [_op_s(each, costs, links) for each in local]
     return {"strategies": offered, "seconds": seconds}
 
 
-def _op_s(op: Op, costs: CostModel, group: Link) -> float:
+def _op_s(op: Op, costs: CostModel, links: Mapping[str, Link]) -> float:
     """Forward and backward of a localised op, with what it communicates within itself."""
-    return costs.op(op).total_s + sum(costs.inner_collectives(op, group))
+    return costs.op(op).total_s + sum(costs.inner_collectives(op, links))
 
 
 def local_bytes(kind: TensorType, state: State, n: int) -> int:

@@ -242,6 +242,35 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A configuration that the search solved, with what it takes.
+
+    Pinning its mesh, schedule, virtual stages, micro-batch size and (for those of a front)
+    ``memory_bytes`` gives it as a plan, or a faster one: once a configuration cannot win, the
+    search tries no leaner sharding for it.
+
+    Attributes:
+        recompute: segments by what backward recomputes of them (``none``, ``selective``, ``full``).
+        step_s: predicted; the same simulation as :attr:`Prediction.step_s`.
+        peak_bytes: of the device that holds most.
+    """
+
+    mesh: Mesh
+    schedule: str
+    virtual_stages: int
+    micro_batch_size: int
+    data_parallel: str
+    recompute: Mapping[str, int]
+    step_s: float
+    peak_bytes: int
+
+    @property
+    def kind(self) -> tuple[Mesh, str, int]:
+        """What runner-up plans differ in from each other: mesh, schedule, virtual stages."""
+        return self.mesh, self.schedule, self.virtual_stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SolverReport:
     """How the plan was found: bound and gap of the search, seconds by phase.
 
@@ -289,6 +318,14 @@ class Plan:
             the user allowed it, or because each makes an update; the loss is the mean over them.
             1: not cut, the result is exact.
         ssp_bound: minibatches that an ``ssp`` worker may be ahead of the slowest.
+        runners_up: the fastest plan of other meshes and schedules, fastest first, among the
+            configurations that the search solved: those that might have won, and where these are
+            few the next ones by their bounds. One that was not solved may come before the later
+            ones of them.
+        front: seconds of a step against peak bytes of a device, fastest (the plan itself) first:
+            Pareto-optimal among what the search solved, and not among all configurations. Beside
+            what it solved to find the plan, that is two fast ones (no pipeline, or 1F1B) in less
+            memory.
     """
 
     version: int = PLAN_VERSION
@@ -318,6 +355,8 @@ class Plan:
     ssp_bound: int | None = None
     notes: tuple[str, ...] = ()
     pins: Mapping[str, object] = field(default_factory=dict)
+    runners_up: tuple[Alternative, ...] = ()
+    front: tuple[Alternative, ...] = ()
 
     @property
     def num_micro_batches(self) -> int:

@@ -122,8 +122,16 @@ def recompute_menu(
     return (none, *_undominated(entries, none, full), full)
 
 
-def pinned_menu(layer: LayerCosts, again: Callable[[Op], bool]) -> tuple[MenuEntry, ...]:
-    """The one way to recompute a layer in which the ops that ``again`` names run again."""
+def pinned_menu(
+    layer: LayerCosts, again: Callable[[Op], bool], *, regions: bool = False
+) -> tuple[MenuEntry, ...]:
+    """The one way to recompute a layer in which the ops that ``again`` names run again.
+
+    Args:
+        regions: they alone are checkpointed, rather than the layer but for the other ops' results.
+    """
+    if regions:
+        return _region_menu(layer, frozenset(op.name for op in layer.graph.ops if again(op)))
     units = _units(layer)
     ops = {op.name: op for op in layer.graph.ops}
     kept = frozenset(u.name for u in units if not again(ops[u.name]))
@@ -131,6 +139,33 @@ def pinned_menu(layer: LayerCosts, again: Callable[[Op], bool]) -> tuple[MenuEnt
     if len(kept) == len(units):
         return (none,)
     return none, _entry(layer, units, kept, mode="selective")
+
+
+def _region_menu(layer: LayerCosts, again: frozenset[str]) -> tuple[MenuEntry, ...]:
+    """Regions keep what comes into them; what they make is kept if others save it."""
+    none, saved = _nothing(layer), layer.saved
+    if not again:
+        return (none,)
+    made = {saved.owners[v.name] for op in layer.graph.ops if op.name in again for v in op.outputs}
+    given = {v.name for v in layer.graph.parameters} | layer.shared_inputs
+    held = {
+        name: value.num_bytes for name, value in saved.values.items()
+        if not again.issuperset(value.savers)
+    }  # fmt: skip
+    for op in layer.graph.ops:
+        for value in op.operands if op.name in again else ():
+            if (owner := saved.owners[value.name]) not in made:
+                held[owner] = layer.graph.values[owner].type.nbytes
+    extra = sum(n for name, n in saved.extra_bytes.items() if name not in again)
+    total = sum(n for name, n in held.items() if name not in given) + extra
+    entry = MenuEntry(
+        mode="selective",
+        keep=tuple(op.name for op in layer.graph.ops if op.name not in again),
+        extra_backward_s=sum(layer.forward_s[name] for name in again),
+        saved_bytes=total,
+        peak_recompute_bytes=max(0, none.saved_bytes - total),
+    )
+    return none, entry
 
 
 def best_within(

@@ -124,6 +124,7 @@ class ScheduledProblem:
     work: tuple[WeightWork, ...]
     split: WeightSplit = field(init=False)
     schedule: Schedule = field(init=False)
+    _by_entry: dict[int, list[Counts] | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.split = self._split()
@@ -152,7 +153,15 @@ class ScheduledProblem:
         """
         choices: tuple[StageChoice, ...] = ()
         lacking: tuple[float, ...] = ()
-        for entry in range(max(len(run.menu) for run in self.stages.runs)):
+        last = max(len(run.menu) for run in self.stages.runs) - 1
+        leanest = pinned or self._cuts(last)
+        if leanest is None:
+            return (), ()
+        choices = self._placed(leanest, [last] * self.num_ranks)
+        lacking = self._lacking(choices)
+        if max(lacking) > 0:
+            return choices, lacking
+        for entry in range(last + 1):
             cuts = pinned or self._cuts(entry)
             if cuts is None:
                 return (), ()
@@ -163,12 +172,57 @@ class ScheduledProblem:
                 return choices, self._lacking(choices)
         return choices, lacking
 
+    def least_s(self, pinned: Sequence[Counts] | None) -> float:
+        """No step takes less with any of the cuts, whatever is recomputed.
+
+        A rank computes all micro-batches. Where all ranks wait for each other at the end of a step,
+        it does so after the first micro-batch has come through the stages before its own first one,
+        and before the gradients of the last one have gone back through them.
+        """
+        last = max(len(run.menu) for run in self.stages.runs) - 1
+        found = [pinned] if pinned else [self._cuts(0), self._cuts(last)]
+        return min((self._least_of(cuts) for cuts in found if cuts is not None), default=0.0)
+
+    def _least_of(self, cuts: Sequence[Counts]) -> float:
+        counts = [
+            {self._fastest(r): number for r, number in enumerate(own) if number} for own in cuts
+        ]
+        _, choices = evaluate_stages(self.stages, counts)
+        passing = [c.forward_s + c.backward_s - self.weight_s(c) for c in choices]
+        homes, least = self.schedule.homes, 0.0
+        for rank in range(self.num_ranks):
+            own = [k for k, home in enumerate(homes) if home == rank]
+            computes = sum(choices[k].forward_s + choices[k].backward_s for k in own)
+            tail = sum(choices[k].step_s for k in own)
+            waits = sum(passing[: own[0]]) if SCHEDULES[self.name].flushes else 0.0
+            least = max(least, waits + self.stages.num_micro_batches * computes + tail)
+        return least
+
+    def _fastest(self, run: int) -> Slot:
+        menu = self.stages.runs[run].menu
+        return run, min(range(len(menu)), key=lambda entry: menu[entry].seconds)
+
     def weight_s(self, choice: StageChoice) -> float:
-        """The part of a stage's backward that makes gradients of weights."""
+        """The part of a stage's backward that makes gradients of weights and can be put off."""
+        if self._recomputes(choice):
+            return 0.0
         return sum(k * self.work[r].seconds for (r, _), k in choice.counts.items())
 
+    def _recomputes(self, choice: StageChoice) -> bool:
+        return any(self.stages.runs[r].menu[e].recomputes for r, e in choice.counts)
+
     def _cuts(self, entry: int) -> list[Counts] | None:
-        """Stages of equal length, as near as may be, if all segments had this entry."""
+        """Stages of equal length, as near as may be, without recompute or with the most of it.
+
+        What lies between recomputes what is cheap, and is cut as if it did not.
+        """
+        last = max(len(run.menu) for run in self.stages.runs) - 1
+        entry = entry if entry == last else 0
+        if entry not in self._by_entry:
+            self._by_entry[entry] = self._cut(entry)
+        return self._by_entry[entry]
+
+    def _cut(self, entry: int) -> list[Counts] | None:
         runs = tuple(
             replace(run, menu=(run.menu[min(entry, len(run.menu) - 1)],))
             for run in self.stages.runs
@@ -181,14 +235,13 @@ class ScheduledProblem:
         return [tuple(s.counts.get((r, 0), 0) for r in range(len(runs))) for s in split.stages]
 
     def _least_entries(self, cuts: Sequence[Counts], most: int) -> list[int]:
-        """Per rank the first entry under which its chunks fit."""
+        """Per rank the first entry under which its chunks fit; ranks do not share memory."""
         entries = [most] * self.num_ranks
-        for rank in range(self.num_ranks):
-            for entry in range(most):
-                trial = [*entries[:rank], entry, *entries[rank + 1 :]]
-                if self._lacking(self._placed(cuts, trial))[rank] <= 0:
-                    entries[rank] = entry
-                    break
+        for entry in reversed(range(most)):
+            lacking = self._lacking(self._placed(cuts, [entry] * self.num_ranks))
+            entries = [
+                entry if own <= 0 else before for own, before in zip(lacking, entries, strict=True)
+            ]
         return entries
 
     def _placed(self, cuts: Sequence[Counts], entries: Sequence[int]) -> tuple[StageChoice, ...]:
@@ -221,7 +274,12 @@ class ScheduledProblem:
         saved = [
             sum(k * runs[r].menu[e].saved_bytes for (r, e), k in c.counts.items()) for c in choices
         ]
-        kept = [sum(k * self.work[r].bytes_kept for (r, _), k in c.counts.items()) for c in choices]
+        kept = [
+            0.0
+            if self._recomputes(c)
+            else sum(k * self.work[r].bytes_kept for (r, _), k in c.counts.items())
+            for c in choices
+        ]
         held = held_at_peak(self.schedule, saved, kept)
         workspace = [
             max((runs[r].menu[e].workspace_bytes for r, e in c.counts), default=0.0)

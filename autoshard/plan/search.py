@@ -10,14 +10,17 @@ Configurations are taken in the order of a lower bound on their step time, which
 for those that come to the front: from the whole program (:mod:`autoshard.plan.bounds`, with what
 lack of memory costs), from the program at their micro-batch size, and from their fastest sharding.
 The search ends when the next bound is no better than the best plan found: what was not solved
-cannot win.
+cannot win. Schedules that are simulated (several chunks per rank, split backwards) come after the
+others, and their chunks are cut to equal lengths, which is part of the declared space. Their bounds
+know no bubble, so only so many are solved; the gap of the plan counts the rest.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -26,6 +29,7 @@ from autoshard.cost_models.costs import AnalyticCosts, CostModel
 from autoshard.errors import InfeasibleError, OptionError
 from autoshard.ir import Program
 from autoshard.options import Constraints
+from autoshard.plan.alternatives import alternative, front, runners_up, time_first
 from autoshard.plan.bounds import (
     Bound,
     WholeModel,
@@ -40,7 +44,7 @@ from autoshard.plan.expert_axis import spread_experts
 from autoshard.plan.infeasible import lacking_least, why_infeasible
 from autoshard.plan.local_program import LocalProgram, coupling, localise_batch
 from autoshard.plan.memo import Memo, RankClass, rank_classes
-from autoshard.plan.plan import Candidate, Plan
+from autoshard.plan.plan import Alternative, Candidate, Plan
 from autoshard.plan.request import Request
 from autoshard.plan.sharding_front import PRICES, Sharding, Shardings
 from autoshard.plan.space import Configuration, configurations
@@ -48,13 +52,25 @@ from autoshard.plan.stage_choice import Beaten, Infeasible, StagedPlan, choose_s
 from autoshard.plan.tensor_axis import refuse_missing_rules, replicated, tensor_problem
 from autoshard.plan.write import write_plan
 from autoshard.report.units import nbytes
+from autoshard.schedules import SCHEDULES
 from autoshard.software import OWN, Software
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
+Solved = tuple[Alternative, StagedPlan]
 
 WORTH_KNOWING = 1.05
 """Plans that are slower than the best so far by more than this factor are not worked out."""
+NUM_PROMISING = 8
+"""Configurations of simulated schedules that are solved first, on meshes where 1F1B does well."""
+NUM_SIMULATED = 2
+"""Others of them that are looked at; for the rest their bounds count into the gap."""
+FEW_RUNNERS_UP = 3
+"""Runner-up plans that are solved even if they are known to be slower."""
+NUM_LEANER = 2
+"""Configurations that are solved again in less memory for the front of time against memory."""
+LEANER = (0.8, 0.6, 0.4, 0.2)
+"""Shares of its peak memory that such a configuration may then use."""
 NUM_CANDIDATES = 20
 """Configurations that did not win which a plan remembers."""
 
@@ -117,6 +133,38 @@ def find_plan(
     return plan_measured(search, program, cluster, world_size, progress=progress)
 
 
+class _Open:
+    """The configurations that are not solved yet, by a lower bound on their step time.
+
+    Args:
+        levels: bounds, each tighter and dearer than the one before; infinite: nothing fits.
+    """
+
+    def __init__(
+        self,
+        space: Sequence[Configuration],
+        levels: Sequence[Callable[[Configuration], float]],
+    ) -> None:
+        self._space = space
+        self._levels = levels
+        self.queue: list[tuple[float, int, int]] = [(0.0, 0, i) for i in range(len(space))]
+
+    @property
+    def least_s(self) -> float:
+        """None of them takes less."""
+        return self.queue[0][0]
+
+    def pop(self) -> Configuration | None:
+        """The most promising one, if its bound is as tight as it gets; else tighten that."""
+        bound_s, level, index = heapq.heappop(self.queue)
+        if level == len(self._levels):
+            return self._space[index]
+        tighter = self._levels[level](self._space[index])
+        if tighter < float("inf"):
+            heapq.heappush(self.queue, (max(bound_s, tighter), level + 1, index))
+        return None
+
+
 @dataclass(slots=True)
 class Search:
     """The search and what it has computed so far.
@@ -134,10 +182,12 @@ class Search:
     evaluated: int = 0
     coupled: tuple[str, ...] = ()
     _best: StagedPlan | None = None
+    _solved: list[StagedPlan] = field(default_factory=list)
     _rejected: dict[Configuration, Infeasible] = field(default_factory=dict)
     _least_s: float = float("inf")
     _candidates: list[Candidate] = field(default_factory=list)
     _refusals: list[OptionError] = field(default_factory=list)
+    _open: _Open = field(default_factory=lambda: _Open((), ()))
     _whole: WholeModel | None = None
     _recompute: dict[Configuration, Bound] = field(default_factory=dict)
     _local_s: dict[tuple[int, bool], float] = field(default_factory=dict)
@@ -153,6 +203,14 @@ class Search:
                 raise self._refusals[0]
             nearest = lacking_least(self._rejected, self._lack_exactly)
             raise why_infeasible(self.request, nearest, self.is_feasible)
+        compared_s = best.step_s
+        if self.request.time_limit_s is None:
+            self._solve_runners_up()
+        solved = [(alternative(staged), staged) for staged in self._solved]
+        leaner = self._timed("front", lambda: self._in_less_memory(solved))
+        # What the search compares by is a little more than an uneven pipeline takes: of those that
+        # it solved, the simulation has the last word.
+        chosen, best = min((*solved, *leaner), key=lambda pair: time_first(pair[0]))
         local = self._exact(best.configuration)
         shared = {c.name for c in self.request.program.classes if c.kind == "shared"}
         # How shared ops lie on tp depends on how the batch is split, step by step.
@@ -160,7 +218,9 @@ class Search:
         best = replace(best, assignments={**best.assignments, **exact})
         return write_plan(
             self.request, best, local, self.costs, coupled=self.coupled, bound_s=self._least_s,
-            candidates=self._runners_up(best), seconds=self.seconds,
+            compared_s=compared_s, candidates=self._others_than(best),
+            runners_up=runners_up(chosen, [found for found, _ in solved]),
+            front=front([found for found, _ in (*solved, *leaner)]), seconds=self.seconds,
         )  # fmt: skip
 
     def search(self, *, first: bool = False) -> StagedPlan | None:
@@ -179,7 +239,9 @@ class Search:
             coupled=bool(self.coupled), standalone=request.standalone,
             num_samples=request.num_samples,
         )  # fmt: skip
-        queue: list[tuple[float, int, int]] = [(0.0, 0, i) for i in range(len(space))]
+        deadline = start + (math.inf if request.time_limit_s is None else request.time_limit_s)
+        closed = [c for c in space if SCHEDULES[c.schedule].closed_form]
+        simulated = [c for c in space if not SCHEDULES[c.schedule].closed_form]
         levels: tuple[Callable[[Configuration], float], ...] = ()
         replicated = request.constraints.replicated  # bounds know one replica of each stage
         if len(space) > 1 and not replicated:  # else nothing to prune
@@ -187,22 +249,58 @@ class Search:
                 self._bound_from_whole, self._bound_from_ops,
                 self._bound_from_shardings, self._bound_from_sharding,
             )  # fmt: skip
-        while queue:
-            bound_s, level, index = heapq.heappop(queue)
+        self._open = _Open(closed or simulated, levels)
+        if closed:
+            self._search_best_first(self._open, first, deadline, most=len(closed))
+        if first and self._best is not None:
+            return self._best
+        promising = self._promising(simulated)
+        for configuration in promising:
+            if time.perf_counter() < deadline:
+                self._evaluate(configuration, 0.0, "among other schedules")
+        rest = [c for c in simulated if c not in promising]
+        if rest:
+            left = _Open(rest, levels) if closed else self._open
+            self._search_best_first(left, first, deadline, most=NUM_SIMULATED)
+        return self._best
+
+    def _search_best_first(self, left: _Open, first: bool, deadline: float, *, most: int) -> None:
+        """Solve what may win, at most so many; what is then left lowers the bound of the plan."""
+        total = len(left.queue)
+        tries = 0
+        while left.queue:
+            bound_s = left.least_s
             if self._best is not None:
-                late = request.time_limit_s is not None and (
-                    time.perf_counter() - start > request.time_limit_s
-                )
+                late = time.perf_counter() > deadline
                 if first or late or bound_s >= self._best.step_s:
                     self._least_s = min(self._least_s, bound_s, self._best.step_s)
-                    break
-            if level < len(levels):
-                tighter = levels[level](space[index])
-                if tighter < float("inf"):
-                    heapq.heappush(queue, (max(bound_s, tighter), level + 1, index))
+                    return
+            configuration = left.pop()
+            if configuration is None:
                 continue
-            self._evaluate(space[index], bound_s, f"{len(queue)} of {len(space)} left")
-        return self._best
+            if self._best is not None and tries == most:
+                self._least_s = min(self._least_s, bound_s)
+                return
+            tries += 1
+            self._evaluate(configuration, bound_s, f"{len(left.queue)} of {total} left")
+
+    def _promising(self, simulated: Sequence[Configuration]) -> list[Configuration]:
+        """Of each other schedule where 1F1B does best, as if stages were equal.
+
+        What a flush leaves of a bubble is that of 1F1B over the number of chunks.
+        """
+        solved = {
+            (s.configuration.mesh, s.configuration.micro_batch_size): s.step_s for s in self._solved
+        }
+        estimates: dict[tuple[str, int], tuple[float, int, Configuration]] = {}
+        for order, c in enumerate(simulated):
+            if (alike_s := solved.get((c.mesh, c.micro_batch_size))) is not None:
+                turns = (c.mesh.pp - 1) / c.virtual_stages if SCHEDULES[c.schedule].flushes else 0.0
+                share = (c.num_micro_batches + turns) / (c.num_micro_batches + c.mesh.pp - 1)
+                estimate = (alike_s * share, order, c)
+                kind = (c.schedule, c.virtual_stages)
+                estimates[kind] = min(estimates.get(kind, estimate), estimate)
+        return [c for _, _, c in sorted(estimates.values())[:NUM_PROMISING]]
 
     def is_feasible(self, request: Request) -> bool:
         """Whether another request for the same program has any plan."""
@@ -408,7 +506,9 @@ class Search:
             whole = {name: replicated(graph) for name, graph in local.graphs.items()}
             return Sharding(assignments=whole, seconds=0.0, key="")
         pace, mesh = configuration.paces, configuration.mesh
-        kept = (tp, mesh.cp, mesh.ep, price, self.request.constraints.sequence_parallel)
+        pins = self.request.constraints
+        pinned = tuple(sorted(pins.sharding.items()))
+        kept = (tp, mesh.cp, mesh.ep, price, pins.sequence_parallel, pinned)
         if self.memo.keeps_shardings and kept in self.memo.shardings:
             return self.memo.shardings[kept]
         shardings = self._shardings_of(configuration)
@@ -428,7 +528,9 @@ class Search:
             try:
                 self._shardings[key] = self._timed(
                     "sharding",
-                    lambda: Shardings(tensor_problem(self.request, local, tp, self.costs)),
+                    lambda: Shardings(
+                        tensor_problem(self.request, local, configuration.mesh, self.costs)
+                    ),
                 )
             except OptionError as refusal:
                 self._refusals.append(refusal)
@@ -465,7 +567,47 @@ class Search:
 
     # -- the record -------------------------------------------------------------------------------
 
+    def _solve_runners_up(self) -> None:
+        """Solve the most promising other meshes and schedules, if few were solved so far."""
+        kinds = {alternative(staged).kind for staged in self._solved}
+        tries = 0
+        while self._open.queue and len(kinds) <= FEW_RUNNERS_UP and tries < 2 * FEW_RUNNERS_UP:
+            configuration = self._open.pop()
+            if configuration is None or configuration.kind in kinds:
+                continue
+            tries += 1
+            for price in PRICES:
+                sharding = self._sharding(configuration, price)
+                found = self._staged(configuration, sharding) if sharding else None
+                if isinstance(found, StagedPlan):
+                    kinds.add(configuration.kind)
+                    self._solved.append(found)
+                    self._record(configuration, found, "")
+                    break
+
+    def _in_less_memory(self, solved: Sequence[Solved]) -> list[Solved]:
+        """The fastest two of other meshes or closed-form schedules, with less memory to use."""
+        by_kind: dict[tuple[object, ...], StagedPlan] = {}
+        for other, staged in sorted(solved, key=lambda pair: time_first(pair[0])):
+            if not SCHEDULES[other.schedule].closed_form:
+                continue  # takes too long to solve again
+            by_kind.setdefault(other.kind, staged)
+        found = []
+        for staged in list(by_kind.values())[:NUM_LEANER]:
+            for share in LEANER:
+                memory = int(share * staged.peak_bytes)
+                pins = replace(self.request.constraints, memory_bytes=memory)
+                outcome = choose_stages(
+                    replace(self.request, constraints=pins), staged.configuration,
+                    staged.assignments, staged.classes, self.costs,
+                )  # fmt: skip
+                if not isinstance(outcome, StagedPlan):
+                    break
+                found.append((alternative(outcome), outcome))
+        return found
+
     def _accept(self, found: StagedPlan) -> None:
+        self._solved.append(found)
         self._record(found.configuration, found, "")
         if self._best is None or found.step_s < self._best.step_s:
             self._best = found
@@ -488,7 +630,7 @@ class Search:
             )
         )  # fmt: skip
 
-    def _runners_up(self, best: StagedPlan) -> tuple[Candidate, ...]:
+    def _others_than(self, best: StagedPlan) -> tuple[Candidate, ...]:
         others = []
         for candidate in self._candidates:
             if candidate.step_s is None:

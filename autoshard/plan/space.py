@@ -10,7 +10,16 @@ from autoshard.errors import OptionError
 from autoshard.ir import Program
 from autoshard.options import ASYNCHRONOUS, DATA_PARALLEL, Constraints
 from autoshard.plan.plan import Mesh
-from autoshard.schedules import SCHEDULES, homes
+from autoshard.schedules import SCHEDULES, WITH_SPLIT_BACKWARD, homes
+
+VIRTUAL_STAGES = (1, 2, 4)
+"""Chunks per pipeline rank that are searched; other numbers are left to pins."""
+
+LEFT_TO_PINS = frozenset({"none", "naive", "gpipe", "looped-bfs"})
+"""Schedules that the search leaves to those who pin them, beside those with split backwards and
+those with older weights: GPipe and its looped form take as long as 1F1B and interleaved 1F1B and
+hold more, and one micro-batch after the other leaves all ranks but one idle. A split backward fills
+bubbles that the flush at the end of a step, whose loss all ranks wait for, in part opens again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +47,11 @@ class Configuration:
     def turns(self, stage: int) -> int:
         """Micro-batches of a step that one rank of a stage runs."""
         return self.num_micro_batches // (self.replicas[stage] if self.replicas else 1)
+
+    @property
+    def kind(self) -> tuple[Mesh, str, int]:
+        """What runner-up plans differ in from each other."""
+        return self.mesh, self.schedule, self.virtual_stages
 
     @property
     def num_stages(self) -> int:
@@ -94,7 +108,7 @@ def meshes(
     if world_size % cp:
         return
     ranks = world_size // cp
-    stages = sum(bool(s.layer.graph.parameters) for s in program.segments)
+    stages = _parts_with_parameters(program)
     for tp in divisors(ranks):
         if tp != (constraints.tp or tp) or (constraints.tp is None and tp > node):
             continue
@@ -133,6 +147,7 @@ def configurations(
     num_samples = num_samples or program.batch_size
     if constraints.replicated:
         return _replicated(program, world_size, constraints, num_samples, coupled, standalone)
+    parts = _parts_with_parameters(program)
     shapes = list(meshes(program, world_size, constraints, cluster, num_samples))
     for mesh in shapes:
         local = num_samples // mesh.dp
@@ -141,13 +156,13 @@ def configurations(
                 continue
             if (coupled and size != local) or program.batch_size % size:
                 continue
-            for schedule in _schedules(mesh, constraints):
+            for schedule, virtual_stages in _schedules(mesh, constraints, parts):
                 found.append(
                     Configuration(
                         mesh=mesh, micro_batch_size=size,
                         num_micro_batches=local // size * standalone, standalone=standalone,
-                        schedule=schedule, virtual_stages=constraints.virtual_stages or 1,
-                        data_parallel=_modes(mesh, constraints),
+                        schedule=schedule, virtual_stages=virtual_stages,
+                        data_parallel=_modes(mesh, constraints, schedule),
                     )
                 )  # fmt: skip
     if not found:
@@ -197,21 +212,39 @@ def _replicated(
     return found
 
 
-def _schedules(mesh: Mesh, constraints: Constraints) -> tuple[str, ...]:
+def _parts_with_parameters(program: Program) -> int:
+    """The most stages that there can be."""
+    return sum(bool(s.layer.graph.parameters) for s in program.segments)
+
+
+def _schedules(mesh: Mesh, constraints: Constraints, parts: int) -> Iterator[tuple[str, int]]:
+    """Schedules with their virtual stages: the pinned one, or all that run and could be best."""
+    pinned, chunks = constraints.schedule, constraints.virtual_stages
+    if constraints.stages is not None:  # their number says it
+        chunks = chunks or 1
     if mesh.pp == 1:
-        allowed = constraints.schedule is None or SCHEDULES[constraints.schedule].closed_form
-        return ("none",) if allowed else ()
-    if constraints.schedule is not None:
-        return () if constraints.schedule == "none" else (constraints.schedule,)
-    # GPipe takes the same time and holds more: it is left to those who pin it. So are the schedules
-    # of several chunks or split backwards: what the search chooses must run.
-    return ("1f1b",)
+        if pinned is None or SCHEDULES[pinned].closed_form:
+            yield "none", chunks or 1
+        return
+    if pinned is not None:
+        if pinned != "none":
+            yield pinned, chunks or 1
+        return
+    for name, kind in SCHEDULES.items():
+        if not kind.runs or kind.splits or kind.stale or name in LEFT_TO_PINS:
+            continue
+        least, most = kind.least_virtual, kind.most_virtual or max(VIRTUAL_STAGES)
+        for virtual in (chunks,) if chunks else VIRTUAL_STAGES:
+            if least <= virtual <= most and mesh.pp * virtual <= parts:
+                yield name, virtual
 
 
-def _modes(mesh: Mesh, constraints: Constraints) -> tuple[str, ...]:
+def _modes(mesh: Mesh, constraints: Constraints, schedule: str) -> tuple[str, ...]:
     if constraints.data_parallel is not None:
         return (constraints.data_parallel,)
-    return DATA_PARALLEL if mesh.replicas > 1 else ("ddp",)
+    if mesh.replicas == 1:
+        return ("ddp",)
+    return WITH_SPLIT_BACKWARD if SCHEDULES[schedule].splits else DATA_PARALLEL
 
 
 def _why_empty(
@@ -224,7 +257,7 @@ def _why_empty(
 ) -> str:
     pins = ", ".join(f"{k}={v}" for k, v in constraints.pins.items()) or "none"
     if not shapes:
-        stages = sum(bool(s.layer.graph.parameters) for s in program.segments)
+        stages = _parts_with_parameters(program)
         experts = f" and be divided by ep={constraints.ep}" if constraints.ep else ""
         most = "pp" if constraints.virtual_stages is None else "pp times virtual_stages"
         return (

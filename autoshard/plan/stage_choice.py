@@ -85,6 +85,12 @@ class StagedPlan:
     weight_versions: tuple[int, ...] = ()
 
     @property
+    def predicted_s(self) -> float:
+        """What a step takes when its schedule is simulated."""
+        closed_form = SCHEDULES[self.configuration.schedule].closed_form
+        return self.pipeline.step_s if closed_form else self.step_s
+
+    @property
     def pipeline(self) -> PipelineSeconds:
         """What its schedule takes, simulated."""
         c = self.configuration
@@ -258,7 +264,7 @@ class _Choice:
         if self.configuration.workers:
             return self._replicated(pinned)
         if not SCHEDULES[self.configuration.schedule].closed_form:
-            return self._scheduled(pinned)
+            return self._scheduled(pinned, limit_s)
         if pinned is not None:
             return self._pinned(pinned)
         lacking = self._lacking_at_least()
@@ -382,7 +388,9 @@ class _Choice:
         pairs = [self.prices.once_per_step(self._layer(index)) for index, _ in stage]
         return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
 
-    def _scheduled(self, pinned: Sequence[int] | None) -> StagedPlan | Infeasible:
+    def _scheduled(
+        self, pinned: Sequence[int] | None, limit_s: float
+    ) -> StagedPlan | Infeasible | Beaten:
         """Stages of a schedule that is simulated."""
         configuration = self.configuration
         problem = ScheduledProblem(
@@ -391,6 +399,8 @@ class _Choice:
             virtual_stages=configuration.virtual_stages,
         )  # fmt: skip
         cuts = None if pinned is None else self._cuts_of(pinned)
+        if problem.least_s(cuts) >= limit_s:
+            return self.beaten(limit_s, unhindered=True)
         choices, lacking = problem.best(cuts)
         if not lacking:
             return self._too_few()
@@ -398,7 +408,8 @@ class _Choice:
             return self._infeasible(max(lacking), lacking.index(max(lacking)))
         weight_s = tuple(problem.weight_s(choice) for choice in choices)
         staged = replace(self._staged(choices, 0.0, 0.0), weight_s=weight_s, split=problem.split)
-        return replace(staged, step_s=staged.pipeline.step_s, bound_s=self.least_s())
+        step_s, bound_s = staged.pipeline.step_s, max(self.least_s(), problem.least_s(cuts))
+        return replace(staged, step_s=step_s, bound_s=min(step_s, bound_s))
 
     # -- stages that are replicated one by one ----------------------------------------------------
 

@@ -114,12 +114,13 @@ class StageCosts:
             workspace_bytes=float(
                 layer.workspace_bytes + entry.peak_recompute_bytes + self.transient_bytes
             ),
+            recomputes=entry.mode != "none",
         )
 
     def _accumulate_s(self, layer: ClassCosts) -> float:
         """To add a micro-batch's gradients to those before it, on average over a step."""
         m = self.configuration.num_micro_batches
-        if m == 1 or not layer.parameters:
+        if m == 1 or not layer.parameters or self._software.fuses_accumulation:
             return 0.0
         held = sum(
             t.numel

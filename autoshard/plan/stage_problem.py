@@ -17,12 +17,14 @@ class Choice:
         backward_s: recomputation included.
         saved_bytes: from forward to backward, for each micro-batch in flight.
         workspace_bytes: transient; of all segments in a stage the largest counts, once.
+        recomputes: in backward, so that a backward is not split in two: both would have to.
     """
 
     forward_s: float
     backward_s: float
     saved_bytes: float = 0.0
     workspace_bytes: float = 0.0
+    recomputes: bool = False
 
     @property
     def seconds(self) -> float:

@@ -16,8 +16,9 @@ from autoshard.placement.state import R, S, State
 from autoshard.placement.strategy import Strategy, uniform
 from autoshard.plan.class_costs import names_op
 from autoshard.plan.context_axis import is_stream
+from autoshard.plan.expert_axis import expert_links
 from autoshard.plan.local_program import LocalProgram, axis_problem
-from autoshard.plan.plan import Assignment
+from autoshard.plan.plan import Assignment, Mesh
 from autoshard.plan.request import Request
 from autoshard.plan.sharding_problem import ShardingProblem
 from autoshard.plan.stage_costs import optimizer_states
@@ -52,18 +53,19 @@ def refuse_missing_rules(program: Program) -> None:
 
 
 def tensor_problem(
-    request: Request, local: LocalProgram, tp: int, costs: CostModel
+    request: Request, local: LocalProgram, mesh: Mesh, costs: CostModel
 ) -> ShardingProblem:
     """The sharding problem of the tensor axis, pins and all, for one micro-batch per step."""
     rules = _Rules(request, local.graphs)
     return axis_problem(
-        request.program, local.graphs, "tp", tp, costs, request.cluster, stride=1,
+        request.program, local.graphs, "tp", mesh.tp, costs, request.cluster, stride=1,
         interface_states={
             **rules.between_layers(), **dict.fromkeys(rules.whole_values(), (R,)),
         },
         parameter_states=rules.parameter_states, allowed=rules.allowed,
         saved=local.saved(request.cluster.device.kind),
         state_bytes_per_byte=2.0 + optimizer_states(request.optimizer),
+        links=expert_links(request.cluster, mesh.ep, mesh.cp * mesh.tp, mesh.tp),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from autoshard.plan.breakdown import Breakdowns
 from autoshard.plan.local_program import LocalProgram
 from autoshard.plan.plan import (
     BUCKET_BYTES,
+    Alternative,
     Assignment,
     Candidate,
     Memory,
@@ -41,7 +42,10 @@ def write_plan(
     *,
     coupled: tuple[str, ...],
     candidates: tuple[Candidate, ...],
+    runners_up: tuple[Alternative, ...],
+    front: tuple[Alternative, ...],
     bound_s: float,
+    compared_s: float,
     seconds: Mapping[str, float],
 ) -> Plan:
     """Everything that was decided and predicted.
@@ -50,6 +54,7 @@ def write_plan(
         local: the program on the best plan's own dp ranks and micro-batches.
         costs: that the search compared by.
         bound_s: nothing in the declared space takes less.
+        compared_s: the least that the search found, in what it compares by.
     """
     program, configuration = request.program, best.configuration
     layers: dict[str, dict[str, Assignment]] = {}
@@ -63,7 +68,7 @@ def write_plan(
             axes["micro"] = local.micro[layer.name]
         layers[layer.name] = dict(sorted(axes.items()))
     parts = Breakdowns(request, best, costs)
-    pipeline, gap = best.pipeline, max(0.0, 1 - bound_s / best.step_s) if best.step_s else 0.0
+    pipeline, gap = best.pipeline, max(0.0, 1 - bound_s / compared_s) if compared_s else 0.0
     return Plan(
         program=program.fingerprint, model=program.model_name, cluster=request.cluster,
         world_size=request.world_size, mesh=configuration.mesh,
@@ -89,7 +94,7 @@ def write_plan(
             *_stale_notes(request, best), *_cut_notes(request), *_recompute_notes(request, best),
             *program.notes,
         ),
-        pins=request.constraints.pins,
+        pins=request.constraints.pins, runners_up=runners_up, front=front,
     )  # fmt: skip
 
 

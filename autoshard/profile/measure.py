@@ -111,7 +111,7 @@ def _measure(
     for run in range(warm_up + repeats):
         held = _start_counting(device)
         outputs: list[tuple[Tensor, ...]] = []
-        forward_s = elapsed_s(lambda: outputs.append(run_graph(graph, env)), device)  # noqa: B023
+        forward_s = elapsed_s(lambda: outputs.append(run_graph(graph, env, device)), device)  # noqa: B023
         roots = [t for t in outputs[0] if t.requires_grad]
         backward_s = 0.0
         if roots and leaves:

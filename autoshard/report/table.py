@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from autoshard.plan.plan import Plan
+from autoshard.plan.plan import Alternative, Candidate, Plan
 from autoshard.report.breakdown import (
     NOTHING,
     busiest,
@@ -39,8 +39,7 @@ def render(plan: Plan) -> RenderableType:
     if plan.replicated:
         title = "Operations that every tensor rank runs whole (share of compute)"
         parts += _section(title, _replicated(plan))
-    if plan.solver.candidates:
-        parts += _section("Next best configurations", _alternatives(plan))
+    parts += _others(plan)
     parts += [Text(f"note: {note}", style="yellow") for note in (*_coupling(plan), *plan.notes)]
     return Group(*parts)
 
@@ -230,21 +229,56 @@ def _coupling(plan: Plan) -> Iterator[str]:
         )
 
 
-def _alternatives(plan: Plan) -> Table:
+def _others(plan: Plan) -> list[RenderableType]:
+    """What else there was: runner-up plans, the front, and what was ruled out."""
+    found: list[RenderableType] = []
+    if plan.runners_up:
+        rows = plan.runners_up[:NUM_ALTERNATIVES]
+        found += _section("Runner-up plans, of another mesh or schedule", _solved(plan, rows))
+    if len(plan.front) > 1:
+        title = "Time against memory, the best of the configurations that were solved"
+        found += _section(title, _solved(plan, _spread(plan.front)))
+    if refused := [c for c in plan.solver.candidates if c.step_s is None]:
+        found += _section("Configurations that were ruled out", _refused(refused))
+    return found
+
+
+def _spread(points: Sequence[Alternative]) -> list[Alternative]:
+    """At most so many points as are shown, the first and the last among them."""
+    last, shown = len(points) - 1, min(NUM_ALTERNATIVES, len(points))
+    return [points[round(k * last / max(1, shown - 1))] for k in range(shown)]
+
+
+def _solved(plan: Plan, rows: Sequence[Alternative]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("pp", "dp", "tp", "micro-batch", "schedule", "data parallel", "step", "why not"):
-        number = name in {"pp", "dp", "tp", "step", "micro-batch"}
-        table.add_column(name, justify="right" if number else "left")
-    for other in plan.solver.candidates[:NUM_ALTERNATIVES]:
-        mesh = other.mesh
+    left = {"mesh", "schedule", "data parallel", "recomputed"}
+    names = ("step", "", "peak", "mesh", "schedule", "data parallel", "recomputed")
+    for name in names:
+        figure = name in ("step", "", "peak")
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=figure)
+    for other in rows:
+        chunks = f" x{other.virtual_stages}" if other.virtual_stages > 1 else ""
+        slower = max(0.0, other.step_s / (plan.prediction.step_s or 1.0) - 1)
+        again = [f"{n} {mode}" for mode, n in other.recompute.items() if mode != "none"]
         table.add_row(
-            str(mesh.pp),
-            str(mesh.dp),
-            str(mesh.tp),
-            str(other.micro_batch_size),
-            other.schedule,
+            seconds(other.step_s),
+            f"{percent(slower)} slower" if slower else "the plan",
+            nbytes(other.peak_bytes),
+            f"{other.mesh}, batch {other.micro_batch_size}",
+            f"{other.schedule}{chunks}",
             other.data_parallel,
-            "-" if other.step_s is None else seconds(other.step_s),
-            other.reason,
+            ", ".join(again) or "none",
         )
+    return table
+
+
+def _refused(candidates: Sequence[Candidate]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for name in ("mesh", "micro-batch", "schedule", "data parallel", "why not"):
+        table.add_column(name, justify="right" if name == "micro-batch" else "left")
+    for other in candidates[:NUM_ALTERNATIVES]:
+        table.add_row(
+            str(other.mesh), str(other.micro_batch_size), other.schedule, other.data_parallel,
+            other.reason,
+        )  # fmt: skip
     return table

@@ -23,11 +23,11 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
@@ -36,10 +36,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from autoshard.errors import CheckpointError
 from autoshard.runtime import mesh as meshes
-from autoshard.runtime.asynchronous import AsynchronousEngine
 from autoshard.runtime.boxes import pieces
 from autoshard.runtime.checkpoint_folder import (
     VERSION,
@@ -51,29 +52,43 @@ from autoshard.runtime.checkpoint_folder import (
     this_rank,
 )
 from autoshard.runtime.checkpoint_pieces import Pieces
-from autoshard.runtime.engine import Engine
+from autoshard.runtime.engine import EngineConfig, Slot
+from autoshard.runtime.mesh import Mesh
 from autoshard.runtime.parameters import declared, local_part, pieces_of
-from autoshard.runtime.replicas import ReplicatedEngine
 
 __all__ = [
     "exists", "find", "latest_step", "load", "load_plain", "load_plain_optimizer",
     "read_manifest", "save",
 ]  # fmt: skip
 
-AnyEngine = Engine | ReplicatedEngine | AsynchronousEngine
+
+class Training(Protocol):
+    """What a checkpoint reads and restores; the engines have it."""
+
+    mesh: Mesh
+    config: EngineConfig
+    slots: tuple[Slot, ...]
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    scheduler_state: dict[str, Any] | None
+    step_number: int
+
+    @property
+    def module(self) -> nn.Module:
+        """The stages of this rank."""
 
 
 # -- what is saved --------------------------------------------------------------------------------
 
 
-def _model(engine: AnyEngine) -> Iterator[tuple[str, Pieces]]:
+def _model(engine: Training) -> Iterator[tuple[str, Pieces]]:
     for name, declaration, tensor in declared(engine.module):
         if declaration.persistent:
             held = pieces_of(tensor, declaration)
             yield f"model.{name}", Pieces(local_part(tensor), declaration.shape, held)
 
 
-def _optimizer(engine: AnyEngine) -> Iterator[tuple[str, Any]]:
+def _optimizer(engine: Training) -> Iterator[tuple[str, Any]]:
     for slot in engine.slots:
         for key, value in engine.optimizer.state.get(slot.local, {}).items():
             name = f"optimizer.{slot.name}.{key}"
@@ -95,7 +110,7 @@ def _constants(tensors: Mapping[str, Tensor] | None) -> dict[str, Pieces]:
     }
 
 
-def _small(engine: AnyEngine, rank: int) -> dict[str, tuple[Any]]:
+def _small(engine: Training, rank: int) -> dict[str, tuple[Any]]:
     """Objects; in tuples, because DCP takes dicts and lists apart."""
     options = [
         {k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups
@@ -125,7 +140,7 @@ def _restore_random_states(states: Mapping[str, Any]) -> None:
 
 
 def save(
-    engine: AnyEngine,
+    engine: Training,
     folder: str | os.PathLike[str],
     *,
     aliases: Mapping[str, str] | None = None,
@@ -202,7 +217,7 @@ def exists(folder: str | os.PathLike[str]) -> bool:
 
 
 def load(
-    engine: AnyEngine,
+    engine: Training,
     folder: str | os.PathLike[str],
     *,
     constant: Mapping[str, Tensor] | None = None,
@@ -253,7 +268,7 @@ def load(
     return engine.step_number
 
 
-def _restore(engine: AnyEngine, objects: Mapping[str, Any]) -> None:
+def _restore(engine: Training, objects: Mapping[str, Any]) -> None:
     for group, options in zip(engine.optimizer.param_groups, objects["groups"], strict=True):
         group.update(options)
     engine.scheduler_state = objects.get("scheduler")
@@ -382,7 +397,7 @@ def _difference(state: Mapping[str, Any], metadata: Metadata, place: Path) -> st
     return ""
 
 
-def _allocate_optimizer_state(engine: AnyEngine, metadata: Metadata) -> None:
+def _allocate_optimizer_state(engine: Training, metadata: Metadata) -> None:
     """Give the optimizer the state that was saved, still to be filled; drops what it had."""
     saved: dict[str, dict[str, Any]] = {}
     for key, value in metadata.state_dict_metadata.items():

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from autoshard.errors import OptionError
 from autoshard.plan.plan import BUCKET_BYTES
 from autoshard.runtime.mesh import Mesh
-from autoshard.runtime.parameters import local_part
+from autoshard.runtime.parameters import local_part, on_gradient, set_local_gradient
 
 MODES = ("ddp", "zero1", "zero2", "zero3")
 
@@ -47,17 +47,6 @@ class DataParallel(Protocol):
 
     def end_forward(self) -> None:
         """Call after forwards without backward: gives back what was gathered for them."""
-
-
-def set_local_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
-    """Give a parameter the gradient of the part that this rank holds."""
-    if gradient is None or not isinstance(parameter, DTensor):
-        parameter.grad = gradient
-        return
-    parameter.grad = DTensor.from_local(
-        gradient, parameter.device_mesh, parameter.placements, run_check=False,
-        shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
 
 
 def is_split_over_dp(tensor: Tensor, mesh: Mesh) -> bool:
@@ -78,6 +67,7 @@ def data_parallel(
     group: dist.ProcessGroup | None,
     mesh: DeviceMesh | None,
     units: Sequence[nn.Module] = (),
+    apart: Collection[nn.Parameter] = (),
     bucket_bytes: int = BUCKET_BYTES,
 ) -> DataParallel:
     """Prepare a stage for data parallelism; afterwards its parameters are what they are at rest.
@@ -87,6 +77,7 @@ def data_parallel(
         mesh: the one-dimensional ``dp`` mesh (needed for the ZeRO modes).
         units: modules of the stage that are gathered one by one under ``zero3`` and reduced one by
             one under all ZeRO modes.
+        apart: parameters that stay whole and that someone else reduces.
         bucket_bytes: of gradients that ``ddp`` reduces at once.
 
     Raises:
@@ -97,14 +88,15 @@ def data_parallel(
             f"expected data_parallel to be one of {', '.join(MODES)} but got {mode!r}; "
             "choose one of them"
         )
-    trainable = [p for p in stage.parameters() if p.requires_grad]
+    apart = set(apart)
+    trainable = [p for p in stage.parameters() if p.requires_grad and p not in apart]
     if size == 1 or not trainable:
         return Alone()
     if mode == "ddp":
         assert group is not None
         return Replicated(trainable, group, bucket_bytes)
     assert group is not None and mesh is not None
-    return Sharded(stage, mode=mode, group=group, mesh=mesh, units=units)
+    return Sharded(stage, mode=mode, group=group, mesh=mesh, units=units, apart=apart)
 
 
 class Alone:
@@ -157,7 +149,7 @@ class Replicated:
                 method(parameter)
 
         for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            on_gradient(parameter, hook)
 
     def before_backward(self, *, last: bool) -> None:
         self._armed = last
@@ -244,10 +236,11 @@ class Sharded:
         group: dist.ProcessGroup,
         mesh: DeviceMesh,
         units: Sequence[nn.Module],
+        apart: Collection[nn.Parameter],
     ) -> None:
         self._mode = mode
-        not_shardable = _not_shardable([*units, stage])
-        whole = set(not_shardable)
+        not_shardable = [p for p in _not_shardable([*units, stage]) if p not in apart]
+        whole = {*not_shardable, *apart}
         for name in {type(module).__name__ for module in (*units, stage)}:
             # FSDP2 warns of outputs that are views; ops in place, its reason, are never emitted.
             warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \(FSDP{name}\)")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -25,16 +26,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from autoshard.errors import InternalError, OptionError
 from autoshard.ir import TensorType, Value
 from autoshard.plan.plan import BUCKET_BYTES
-from autoshard.runtime import data, launch
+from autoshard.runtime import data, launch, recorder
 from autoshard.runtime import mesh as meshes
 from autoshard.runtime import optimizer as optimizers
 from autoshard.runtime.agreement import fingerprint
 from autoshard.runtime.collectives import stack_over
 from autoshard.runtime.data_parallel import (
     DataParallel,
+    Replicated,
     data_parallel,
     is_split_over_dp,
 )
+from autoshard.runtime.local_stages import Chunks, LocalStage
 from autoshard.runtime.mesh import Mesh
 from autoshard.runtime.parameters import (
     Layer,
@@ -47,7 +50,7 @@ from autoshard.runtime.pipeline import Pipeline, Runner, SingleStage
 from autoshard.runtime.random import make_key
 from autoshard.runtime.ties import Ties
 from autoshard.schedule import Schedule
-from autoshard.schedules import by_name
+from autoshard.schedules import by_name, check_data_parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +62,9 @@ class EngineConfig:
         num_micro_batches: per data-parallel rank and step.
         standalone: the step is cut into so many batches of their own, each of
             ``num_micro_batches / standalone`` micro-batches; their losses are averaged.
-        schedule: ``none``, ``gpipe``, ``1f1b`` or an explicit schedule.
-        inputs, outputs: local types of the activations that this rank's stage receives and sends.
+        schedule: a name of :data:`autoshard.schedules.SCHEDULES` or an explicit schedule.
+        inputs, outputs: local types of the activations that this rank's stage receives and sends,
+            if it has one.
         bucket_bytes: of gradients that ``ddp`` reduces at once.
         max_norm: clip gradients to this global norm.
     """
@@ -96,10 +100,11 @@ class Slot:
 
 
 class Engine:
-    """Trains one stage on this rank; every rank of the mesh makes one and calls it alike.
+    """Trains the stages of this rank; every rank of the mesh makes one and calls it alike.
 
     Args:
-        stage: an emitted stage with its parameters loaded, on this rank's device.
+        stage: an emitted stage with its parameters loaded, on this rank's device; or, where the
+            schedule gives a rank several, all of them.
         optimizer: a name, or a callable from a list of parameters to an optimizer.
         scheduler: makes the learning-rate scheduler; it is stepped once per step.
 
@@ -109,25 +114,30 @@ class Engine:
 
     def __init__(
         self,
-        stage: nn.Module,
+        stage: nn.Module | Sequence[LocalStage],
         *,
         mesh: Mesh,
         config: EngineConfig,
         optimizer: str | optimizers.OptimizerFactory = "adamw",
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
-        self.module = stage
+        self.stages = _local_stages(stage, config, mesh)
+        modules = [own.module for own in self.stages]
+        self.module = modules[0] if len(modules) == 1 else Chunks(modules)
         self.mesh = mesh
         self.config = config
         self.max_norm = config.max_norm
-        self.device = next((p.device for p in stage.parameters()), torch.device("cpu"))
+        self.device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         self.step_number = 0
         self._batch_fingerprint = 0
         _check_divides(config, mesh)
         with meshes.using(mesh):
-            self._data_parallel = _prepare_data_parallel(stage, config, mesh)
-            self._ties = Ties.between_stages(stage, mesh)
-            self.slots = tuple(_slots(stage, mesh, self._ties))
+            self._schedule = _schedule(config, mesh, self.stages)
+            self._data_parallel = _prepare_data_parallel(
+                self.module, config, mesh, splits=self._schedule.splits
+            )
+            self._ties = Ties.between_stages(self.module, mesh)
+            self.slots = tuple(_slots(self.module, mesh, self._ties))
         self.optimizer = optimizers.build(
             optimizer,
             [slot.local for slot in self.slots],
@@ -137,7 +147,7 @@ class Engine:
         self.scheduler_state: dict[str, Any] | None = None
         if scheduler is not None:
             self.set_scheduler(scheduler)
-        self._runner = _runner(stage, config, mesh, self._data_parallel, self.device)
+        self._runner = _runner(self.stages, self._schedule, mesh, self._data_parallel, self.device)
 
     # -- what a user calls ------------------------------------------------------------------------
 
@@ -151,13 +161,16 @@ class Engine:
             OptionError: if the batch is not what :func:`autoshard.runtime.data.local_batch` gives.
         """
         with launch.guarded(), meshes.using(self.mesh):
-            self.module.train()
+            if not self.module.training:  # going through all modules takes as long as some layers
+                self.module.train()
             self.zero_grad()
             losses = self._run(local_batch, train=True)
-            self._reduce_gradients()
-            if self.max_norm is not None:
-                self.clip_gradients(self.max_norm)
-            self._update()
+            with recorder.span("reduce"):
+                self._reduce_gradients()
+            with recorder.span("step"):
+                if self.max_norm is not None:
+                    self.clip_gradients(self.max_norm)
+                self._update()
             return self._global_loss(losses)
 
     def evaluate(self, local_batch: object) -> float:
@@ -168,7 +181,8 @@ class Engine:
             try:
                 losses = self._run(local_batch, train=False)
             finally:
-                self._data_parallel.end_forward()
+                for reduction in self._data_parallel:
+                    reduction.end_forward()
                 self.module.train(was_training)
             return self._global_loss(losses)
 
@@ -210,26 +224,35 @@ class Engine:
     # -- parts of a step --------------------------------------------------------------------------
 
     def _run(self, batch: object, *, train: bool) -> list[Tensor]:
-        config, stage = self.config, self.module
+        config = self.config
         named = data.named_batch(batch, config.batch)
         data.check_batch(named, config.batch, self.mesh.size("dp"))
         local = {name: tensor.to(self.device) for name, tensor in named.items()}
         self._batch_fingerprint = fingerprint(local)
+        arguments = [list(self._arguments(s.module, local, train=train)) for s in self.stages]
+        losses = self._runner.run(arguments, train=train)
+        return [loss / config.standalone for loss in losses]
+
+    def _arguments(
+        self, stage: nn.Module, local: data.Batch, *, train: bool
+    ) -> Iterator[Mapping[str, Any]]:
+        """Of each micro-batch, what a stage takes besides activations."""
+        config = self.config
         wanted = tuple(getattr(stage, "BATCH", ()))
         count = config.num_micro_batches // config.standalone
-        arguments: list[Mapping[str, Any]] = []
+        number = 0
         for batch_of_its_own in data.micro_batches(local, config.batch, config.standalone):
             with torch.set_grad_enabled(train):
                 shared = prologue(stage, batch_of_its_own, count)
             parts = data.micro_batches(batch_of_its_own, config.batch, count)
             for part, values in zip(parts, shared, strict=True):
-                key = make_key(config.seed, self.step_number, len(arguments))
-                arguments.append({"key": key, **{n: part[n] for n in wanted}, **values})
-        losses = self._runner.run(arguments, train=train)
-        return [loss / config.standalone for loss in losses]
+                key = make_key(config.seed, self.step_number, number)
+                yield {"key": key, **{n: part[n] for n in wanted}, **values}
+                number += 1
 
     def _reduce_gradients(self) -> None:
-        self._data_parallel.finish()
+        for reduction in self._data_parallel:
+            reduction.finish()
         sum_partial_gradients(self.module)
         self._ties.sum_gradients(self.slots)
         if self.config.standalone > 1:
@@ -268,8 +291,8 @@ class Engine:
                     "samples) but got different ones; take each rank's samples from "
                     "local_batch or sampler, which go by its data-parallel rank"
                 )
-            # Stages before the last have no loss; along other axes all have the same one.
-            numbers = stacked[-1]
+            # Only the last stage has a loss; along other axes all have the same one.
+            numbers = stacked[self._schedule.homes[-1] if axis == "pp" else -1]
         if mesh.size("dp") > 1:
             numbers = stack_over(numbers, mesh, "dp").sum(dim=0)
         return float(numbers[0])
@@ -311,42 +334,101 @@ def prologue(stage: nn.Module, local: Mapping[str, Tensor], count: int) -> list[
     ]
 
 
+def _local_stages(
+    stage: nn.Module | Sequence[LocalStage], config: EngineConfig, mesh: Mesh
+) -> tuple[LocalStage, ...]:
+    if not isinstance(stage, nn.Module):
+        return tuple(stage)
+    index = mesh.rank("pp")
+    return (LocalStage(index=index, module=stage, inputs=config.inputs, outputs=config.outputs),)
+
+
+def _schedule(config: EngineConfig, mesh: Mesh, stages: Sequence[LocalStage]) -> Schedule:
+    """The schedule of this step, for the stages that the ranks have.
+
+    Raises:
+        OptionError: if it is for others, or cannot be combined with the data-parallel mode.
+    """
+    num_ranks, schedule = mesh.size("pp"), config.schedule
+    if isinstance(schedule, str):
+        schedule = by_name(schedule, num_ranks, config.num_micro_batches, len(stages))
+    given = (len(schedule.ranks), schedule.num_micro_batches)
+    if given != (num_ranks, config.num_micro_batches):
+        raise OptionError(
+            f"expected a schedule of {num_ranks} ranks and {config.num_micro_batches} "
+            f"micro-batches but got one of {given[0]} and {given[1]}; write one for this plan"
+        )
+    mine = [index for index, home in enumerate(schedule.homes) if home == mesh.rank("pp")]
+    if mine != [stage.index for stage in stages]:
+        raise OptionError(
+            f"expected a schedule under which pipeline rank {mesh.rank('pp')} has the stages "
+            f"{[stage.index for stage in stages]} but got one that gives it {mine}; write one for "
+            "this plan"
+        )
+    if num_ranks > 1 and mesh.size(mesh.replicas) > 1:
+        check_data_parallel(schedule.splits, config.data_parallel)
+    return schedule
+
+
 def _runner(
-    stage: nn.Module,
-    config: EngineConfig,
+    stages: Sequence[LocalStage],
+    schedule: Schedule,
     mesh: Mesh,
-    sync: DataParallel,
+    reductions: Sequence[DataParallel],
     device: torch.device,
 ) -> Runner:
-    num_stages = mesh.size("pp")
-    if num_stages == 1:
-        return SingleStage(stage, sync)
-    schedule = config.schedule
-    if isinstance(schedule, str):
-        schedule = by_name(schedule, num_stages, config.num_micro_batches)
-    if (schedule.num_stages, schedule.num_micro_batches) != (num_stages, config.num_micro_batches):
-        raise OptionError(
-            f"expected a schedule of {num_stages} stages and {config.num_micro_batches} "
-            f"micro-batches but got one of {schedule.num_stages} and "
-            f"{schedule.num_micro_batches}; write one for this plan"
-        )
+    if schedule.num_stages == 1:
+        return SingleStage(stages[0].module, reductions[0])
     return Pipeline(
-        stage, schedule=schedule, stage_index=mesh.rank("pp"), inputs=config.inputs,
-        outputs=config.outputs, group=mesh.group("pp"), device=device, sync=sync,
+        stages, schedule=schedule, syncs=reductions[: len(stages)], group=mesh.group("pp"),
+        device=device, reduces=mesh.size(mesh.replicas) > 1,
     )  # fmt: skip
 
 
 # -- parameters -----------------------------------------------------------------------------------
 
 
-def _prepare_data_parallel(stage: nn.Module, config: EngineConfig, mesh: Mesh) -> DataParallel:
+def _prepare_data_parallel(
+    module: nn.Module, config: EngineConfig, mesh: Mesh, *, splits: bool
+) -> tuple[DataParallel, ...]:
+    """One per stage, and one for what several of them hold: it is complete when all are done.
+
+    Collective over ``pp``. Where backward is split, a stage is one unit: FSDP2's autograd functions
+    around the units inside would see gradients of weights that go from one to the next too early.
+    """
     axis, size = mesh.replicas, mesh.size(mesh.replicas)
     device_mesh = mesh.device_mesh[axis] if mesh.device_mesh is not None and size > 1 else None
-    return data_parallel(
-        stage, mode=config.data_parallel, size=size, mesh=device_mesh,
-        group=mesh.group(axis) if size > 1 else None, units=tuple(gathered_units(stage)),
-        bucket_bytes=config.bucket_bytes,
-    )  # fmt: skip
+    group = mesh.group(axis) if size > 1 else None
+    shared = _shared(module, mesh) if size > 1 else []
+    stages = list(module.stages) if isinstance(module, Chunks) else [module]
+    per_stage = [
+        data_parallel(
+            stage, mode=config.data_parallel, size=size, mesh=device_mesh, group=group,
+            units=() if splits else tuple(gathered_units(stage)), apart=shared,
+            bucket_bytes=config.bucket_bytes,
+        )
+        for stage in stages
+    ]  # fmt: skip
+    trained = [p for p in shared if p.requires_grad]
+    together = (
+        [Replicated(trained, group, config.bucket_bytes)] if group is not None and trained else []
+    )
+    return (*per_stage, *together)
+
+
+def _shared(module: nn.Module, mesh: Mesh) -> list[nn.Parameter]:
+    """Parameters that several stages of one rank hold, or of any other pipeline rank.
+
+    All ranks keep them whole, whatever the mode: gradients of ties are summed part by part.
+    """
+    if mesh.size("pp") == 1:
+        return []
+    mine = set(module.shared) if isinstance(module, Chunks) else set()
+    held = [(name, tensor) for name, _, tensor in declared(module)]
+    names: list[set[str]] = [set()] * mesh.size("pp")
+    dist.all_gather_object(names, {n for n, t in held if t in mine}, group=mesh.group("pp"))
+    anywhere = set().union(*names)
+    return [t for n, t in held if n in anywhere and isinstance(t, nn.Parameter)]
 
 
 def gathered_units(stage: nn.Module) -> Iterator[nn.Module]:

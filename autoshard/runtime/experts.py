@@ -26,6 +26,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 OWN, EXCHANGE = "own", "exchange"
 """Ways to split experts over ranks: each works on the tokens of its own and what comes out is an
 addend, or tokens are split, too, and travel to their experts and back."""
+GATHERED, FOLDED = "gathered", "folded"
+"""Ways to split experts that are spread over data ranks once more, over tensor ranks that have
+parts of the tokens: by width, so that tokens are gathered where they arrive (Megatron-Core's expert
+tensor parallelism), or by expert, so that tokens travel among both kinds of ranks (its folding; Liu
+et al. 2025, "MoE Parallel Folding")."""
+EXPERTS, FOLDED_EXPERTS = "ep", "ep.tp"
+"""Axes over which tokens travel in plans that spread experts."""
 
 
 def sparse_experts(

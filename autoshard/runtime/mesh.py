@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -129,6 +130,19 @@ def init_device_mesh_for(sizes: Mapping[str, int], device_type: str) -> DeviceMe
             f"but got {dist.get_world_size()}; start torchrun with {expected} processes in all"
         )
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def wait_limit(group: dist.ProcessGroup) -> timedelta | None:
+    """How long to wait for a send or receive on a group of the mesh.
+
+    Gloo's waits go by the timeout with which a group was made unless they are told otherwise.
+    NCCL's only order work on the device, which its own watchdog ends: ``None``.
+    """
+    if dist.get_backend(group) != "gloo":
+        return None
+    backend = group._get_backend(torch.device("cpu"))
+    limit: timedelta = backend.options._timeout
+    return limit
 
 
 class _Current(threading.local):

@@ -1,8 +1,9 @@
 """Parameters at rest: declared by emitted layers, held as DTensors under their original names.
 
-A layer's parameter is a ``DTensor`` on the ``tp`` axis of the mesh, split or replicated there;
-FSDP2 may split its rows over ``dp`` as well. The DTensor of a blockwise split is one over the
-whole tensor with its elements in another order: its local part is this rank's part of every block.
+A layer's parameter is a ``DTensor`` on the ``tp`` axis of the mesh, split or replicated there (a
+plain tensor where that axis has one rank, which spares every use the dispatch of a DTensor); FSDP2
+may split its rows over ``dp`` as well. The DTensor of a blockwise split is one over the whole
+tensor with its elements in another order: its local part is this rank's part of every block.
 Buffers are plain tensors, this rank's part.
 
 Nothing outside this file and :mod:`autoshard.runtime.boxes` knows how a parameter is cut.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -24,11 +26,13 @@ from autoshard.errors import CheckpointError, InternalError
 from autoshard.placement.state import local_size
 from autoshard.runtime.boxes import Piece, Place, Split, pieces, tp_shape
 from autoshard.runtime.collectives import all_gather_replicated, stack_over, sum_over
+from autoshard.runtime.local_stages import Chunks
 from autoshard.runtime.mesh import Mesh, current
 
 __all__ = [
     "Container", "Layer", "Parameter", "Split", "attach", "declared", "load_parameters", "local",
-    "local_part", "pieces_of", "sum_partial_gradients", "whole",
+    "local_part", "on_gradient", "pieces_of", "set_local_gradient", "sum_partial_gradients",
+    "whole",
 ]  # fmt: skip
 
 
@@ -92,7 +96,7 @@ def _empty(declaration: Parameter, mesh: Mesh) -> Tensor:
     tensor = torch.empty(tp_shape(shape, split, place), dtype=declaration.dtype)
     if declaration.buffer:
         return tensor
-    if mesh.device_mesh is not None:
+    if mesh.device_mesh is not None and mesh.size("tp") > 1:
         tensor = DTensor.from_local(
             tensor,
             mesh.device_mesh["tp"],
@@ -188,7 +192,25 @@ class _Names:
 
 
 def declared(module: nn.Module) -> Iterator[tuple[str, Parameter, Tensor]]:
-    """Every declared parameter and buffer below ``module``: name, declaration, tensor."""
+    """Every declared parameter and buffer below ``module``: name, declaration, tensor.
+
+    What several stages of one rank hold comes once.
+
+    Raises:
+        InternalError: if two stages declare one name differently.
+    """
+    if isinstance(module, Chunks):
+        known: dict[str, Parameter] = {}
+        for stage in module.stages:
+            for name, declaration, tensor in declared(stage):
+                if known.get(name, declaration) != declaration:
+                    raise InternalError(
+                        f"stages of one rank declare {name!r} as {known[name]} and {declaration}"
+                    )
+                if name not in known:
+                    known[name] = declaration
+                    yield name, declaration, tensor
+        return
     for prefix, holder in module.named_modules():
         for leaf, declaration in holder.__dict__.get("_declarations", {}).items():
             table = holder._buffers if declaration.buffer else holder._parameters
@@ -208,9 +230,9 @@ def local(parameter: Tensor, size: int | None = None) -> Tensor:
         size: of the whole split dim, if it is not the parameter's own.
     """
     if not isinstance(parameter, DTensor):
-        return _with_own_gradient(parameter.view_as(parameter), parameter)
-    tensor = parameter.to_local(grad_placements=parameter.placements)
-    tensor = _with_own_gradient(tensor, parameter)
+        _keep_gradient_apart(parameter)
+        return parameter
+    tensor = _leaf(parameter)
     (placement,) = parameter.placements
     if not isinstance(placement, Shard):
         return tensor
@@ -223,27 +245,79 @@ def local(parameter: Tensor, size: int | None = None) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-def _with_own_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """``tensor``, a view of ``parameter``, such that no other gradient shares memory with its own.
+def _keep_gradient_apart(parameter: Tensor) -> None:
+    """See that no other gradient shares memory with this parameter's.
 
-    Autograd makes the first gradient that arrives the parameter's ``grad`` without a copy, though
-    through a view it may be (a part of) another's, as in ``cat(token, x) + positions``. Adding to
-    one, as the next micro-batch does, would then change the other.
+    Autograd makes the first gradient that arrives the parameter's ``grad`` without a copy, if no
+    one else holds that tensor. It may still be a part of another's memory, as in
+    ``cat(token, x) + positions``; adding to one, as the next micro-batch does, would then change
+    the other.
     """
-    if tensor.requires_grad:
+    if parameter.requires_grad and not hasattr(parameter, "_gradient_kept_apart"):
+        parameter.register_hook(_copy_of_a_part)  # type: ignore[no-untyped-call]
+        parameter._gradient_kept_apart = True  # type: ignore[attr-defined]
 
-        def own(gradient: Tensor) -> Tensor:
-            first = parameter.grad is None
-            return gradient.clone(memory_format=torch.contiguous_format) if first else gradient
 
-        tensor.register_hook(own)  # type: ignore[no-untyped-call]
-    return tensor
+def _copy_of_a_part(gradient: Tensor) -> Tensor | None:
+    if gradient.untyped_storage().nbytes() == gradient.nbytes:
+        return None
+    return gradient.clone(memory_format=torch.contiguous_format)
+
+
+def _leaf(parameter: DTensor) -> Tensor:
+    """The local tensor as a leaf of autograd, whose gradient becomes the parameter's.
+
+    ``to_local`` and its backward would take the dispatch of a DTensor, some 0.3 ms, at every use.
+    """
+    leaf: Tensor | None = parameter.__dict__.get("_leaf")
+    if leaf is None:
+        leaf = local_part(parameter).requires_grad_(parameter.requires_grad)
+        if parameter.requires_grad:
+            _keep_gradient_apart(leaf)
+            # Weakly: a hook that leads back to its own tensor is a cycle that is never collected.
+            held = weakref.ref(parameter)
+            leaf.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda leaf: _hand_over(leaf, held())
+            )
+        parameter.__dict__["_leaf"] = leaf
+    return leaf
+
+
+@torch.no_grad()
+def _hand_over(leaf: Tensor, parameter: DTensor | None) -> None:
+    gradient, leaf.grad = leaf.grad, None
+    if parameter is None or gradient is None:
+        return
+    if parameter.grad is None:
+        set_local_gradient(parameter, gradient)
+    else:
+        local_part(parameter.grad).add_(gradient)
+    for hook in parameter.__dict__.get("_on_gradient", ()):
+        hook(parameter)
+
+
+def on_gradient(parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Call ``hook(parameter)`` each time that a backward has added to its gradient."""
+    if isinstance(parameter, DTensor):
+        parameter.__dict__.setdefault("_on_gradient", []).append(hook)
+    else:
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def set_local_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
+    """Give a parameter the gradient of the part that this rank holds."""
+    if gradient is None or not isinstance(parameter, DTensor):
+        parameter.grad = gradient
+        return
+    parameter.grad = DTensor.from_local(
+        gradient, parameter.device_mesh, parameter.placements, run_check=False,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a parameter, gradient or optimizer state; shares its storage."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _dp_place(tensor: Tensor, mesh: Mesh) -> Place:
@@ -326,6 +400,8 @@ def sum_partial_gradients(module: nn.Module) -> None:
     One all-reduce per axis and dtype.
     """
     mesh = current()
+    if all(mesh.size(axis) == 1 for axis in mesh.axes):
+        return
     groups: dict[tuple[str, torch.dtype], list[Tensor]] = {}
     for _, declaration, tensor in declared(module):
         if tensor.grad is not None:

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autoshard.errors import InternalError
-from autoshard.runtime.data_parallel import set_local_gradient
 from autoshard.runtime.mesh import Mesh
-from autoshard.runtime.parameters import declared, local_part
+from autoshard.runtime.parameters import declared, local_part, set_local_gradient
 
 
 class Held(Protocol):

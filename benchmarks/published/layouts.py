@@ -12,24 +12,13 @@ from benchmarks.published.stacks import Stack
 UNLIMITED_BYTES = 2**60
 """Of memory: a layout that does not fit is priced all the same."""
 
-MEGATRON: dict[str, str] = {
-    "*.attention.[qkv].weight": "S(0)",
-    "*.attention.out.weight": "S(1)",
-    "*.feed_forward.gate.weight": "S(0)",
-    "*.feed_forward.up.weight": "S(0)",
-    "*.feed_forward.down.weight": "S(1)",
-    "embedding.weight": "S(0)",
-    "head.weight": "S(0)",
-}
-"""How Megatron (Shoeybi et al. 2019) and all that follow it split a layer's weights."""
-
 SCHEDULES: dict[str, str] = {
     "none": "none", "1f1b": "1f1b", "gpipe": "gpipe", "interleaved-1f1b": "interleaved-1f1b",
     "zb-1p": "zb-1p", "zb-2p": "zb-2p", "zb-h1": "zb-h1", "zb-v": "zb-v", "1f1b?": "1f1b",
     "1f1b (interleave degree not printed)": "1f1b", "interleaved?": "interleaved-1f1b",
 }  # fmt: skip
 """How a schedule is named in a file -> how the planner names it."""
-PRECISIONS = ("bf16", "fp16")
+PRECISIONS = ("bf16", "fp16", "fp8")
 
 
 class Unpredictable(Exception):
@@ -66,9 +55,10 @@ def shape_of(row: Row, stack: Stack) -> Shape:
         ffn=row.ffn_moe if row.experts and row.ffn_moe else row.ffn, vocab=row.vocab or 0,
         sequence=row.seq, gated=gated,
         tied=(not llama) if stack.tied is None else stack.tied, rotary=llama, rms_norm=llama,
-        bias=stack.bias and not llama, dropout=stack.dropout,
-        fused_attention=stack.fused_attention, experts=row.experts or 0,
-        experts_per_token=row.topk or 0, shared_ffn=row.shared_expert_ffn or 0,
+        bias=stack.bias and not llama, dropout=stack.dropout, wide_logits=stack.wide_logits,
+        fused_attention=stack.fused_attention, fused_projections=stack.fused_projections,
+        experts=row.experts or 0, experts_per_token=row.topk or 0,
+        shared_ffn=row.shared_expert_ffn or 0,
     )  # fmt: skip
 
 
@@ -91,21 +81,27 @@ def layout_of(row: Row, shape: Shape, stack: Stack) -> Layout:
         if getattr(row, axis) is not None:
             pins[axis] = getattr(row, axis)
     if (row.ep or 1) > 1:
-        pins["ep"] = row.ep
+        pins["ep"] = _expert_ranks(row)
     if row.microbatch is not None:
         pins["micro_batch_size"] = row.microbatch
+    elif stack.micro_batch is not None:
+        pins["micro_batch_size"] = stack.micro_batch
     pins |= _pipeline_pins(row, shape, stack) if (row.pp or 1) > 1 else {}
     pins |= _recompute_pins(row, stack)
-    if row.zero_stage is not None and (row.dp or 0) > 1:
+    replicas = (row.dp or 0) * (row.cp or 1)
+    if row.zero_stage is not None and replicas > 1:
         pins["data_parallel"] = ("ddp", "zero1", "zero2", "zero3")[row.zero_stage]
-    elif row.dp == 1:
+    elif replicas == 1:
         pins["data_parallel"] = "ddp"
     if (row.tp or 1) > 1:
         pins["sequence_parallel"] = bool(row.seq_parallel)
-        pins["sharding"] = _megatron(shape)
+        pins["sharding"] = megatron(shape, folded=_is_folded(row))
     names = {"microbatch": "micro_batch_size", "recompute": "recompute", "zero_stage":
         "data_parallel", "tp": "tp", "pp": "pp", "dp": "dp"}  # fmt: skip
-    left = [pin for column, pin in names.items() if getattr(row, column) in (None, "")]
+    left = [
+        pin for column, pin in names.items()
+        if getattr(row, column) in (None, "") and pin not in pins
+    ]  # fmt: skip
     if (row.pp or 1) > 1 and "schedule" not in pins:
         left.append("schedule")
     return Layout(Constraints.of(pins), tuple(left))
@@ -117,13 +113,36 @@ def _pipeline_pins(row: Row, shape: Shape, stack: Stack) -> dict[str, object]:
     schedule = SCHEDULES[row.schedule]
     chunks = 1
     if schedule in ("interleaved-1f1b", "zb-v"):
-        if row.vpp is None:  # the planner's choice
-            return {}
-        chunks = row.vpp
+        chunks = row.vpp or _most_chunks(row, shape)
     pins: dict[str, object] = {"schedule": schedule, "virtual_stages": chunks}
     if stack.equal_stages:
         pins["stages"] = stages_of(shape.layers, (row.pp or 1) * chunks, embeds=shape.vocab > 0)
     return pins
+
+
+def _most_chunks(row: Row, shape: Shape) -> int:
+    """Where a source interleaves and does not say how much: as much as layers divide."""
+    pp = row.pp or 1
+    return next((n for n in range(shape.layers // pp, 0, -1) if shape.layers % (pp * n) == 0), 1)
+
+
+def _is_folded(row: Row) -> bool:
+    """Experts are whole on each of neighbouring ranks, tensor ranks included ("ETP=1" in notes)."""
+    return (row.ep or 1) > 1 and "ETP=1" in row.notes
+
+
+def _expert_ranks(row: Row) -> int:
+    """The data-parallel ranks that experts are spread over.
+
+    Raises:
+        Unpredictable: experts are spread over a part of the tensor ranks.
+    """
+    ep, tp = row.ep or 1, row.tp or 1
+    if not _is_folded(row):
+        return ep
+    if ep % tp:
+        raise Unpredictable(f"experts on each of {ep} ranks, of which tp={tp} is no divisor")
+    return ep // tp
 
 
 def _recompute_pins(row: Row, stack: Stack) -> dict[str, object]:
@@ -136,16 +155,36 @@ def _recompute_pins(row: Row, stack: Stack) -> dict[str, object]:
     return {}
 
 
-def _megatron(shape: Shape) -> dict[str, str]:
-    """The pins whose weights the model has."""
-    return {
-        name: state
-        for name, state in MEGATRON.items()
-        if (shape.gated or "gate" not in name)
-        and (not shape.experts or "feed_forward" not in name)
-        and (shape.vocab or name.startswith("*"))
-        and not (shape.tied and name == "head.weight")
+def megatron(shape: Shape, *, folded: bool = False) -> dict[str, str]:
+    """How Megatron (Shoeybi et al. 2019) and all that follow it split a layer's weights.
+
+    What makes heads or the feed-forward part's inner width is split by rows (each of several
+    projections in one product on its own), what joins them again by columns, embedding and head by
+    vocabulary. So are experts, or, ``folded``, they are dealt whole.
+    """
+    inner, kv = (n * shape.size_of_head for n in (shape.heads, shape.kv_heads))
+    joint = shape.fused_projections
+    pins = {
+        "*.attention.qkv.*.weight": f"S(0;{inner},{kv},{kv})" if joint else "S(0)",
+        "*.attention.out.weight": "S(1)",
     }
+    if shape.experts:
+        width = f"S(1;{shape.ffn},{shape.ffn})" if shape.gated else "S(1)"
+        pins["*.feed_forward.up"] = "S(0)" if folded else width
+        pins["*.feed_forward.down"] = "S(0)" if folded else "S(2)"
+    else:
+        if not shape.gated:
+            pins["*.feed_forward.up.weight"] = "S(0)"
+        else:
+            pins["*.feed_forward.up.*.weight"] = (
+                f"S(0;{shape.ffn},{shape.ffn})" if joint else "S(0)"
+            )
+        pins["*.feed_forward.down.weight"] = "S(1)"
+    if shape.vocab:
+        pins["embedding.weight"] = "S(0)"
+        if not shape.tied:
+            pins["head.weight"] = "S(0)"
+    return pins
 
 
 def stages_of(layers: int, pp: int, *, embeds: bool) -> tuple[int, ...]:

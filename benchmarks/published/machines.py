@@ -40,6 +40,8 @@ def cluster_of(row: Row) -> Cluster:
     node, network = base.tiers[0], base.tiers[-1]
     size = row.gpus_per_node or node.size
     node = replace(node, size=size, bytes_per_s=_rate(row.intra_node_link) or node.bytes_per_s)
+    if "NVSwitch" in row.intra_node_link:
+        node = replace(node, group_share={})
     rate = _rate(row.inter_node_link, size) or network.bytes_per_s
     network = replace(network, bytes_per_s=rate)
     tiers = (node, network) if size > 1 else (network,)

@@ -8,6 +8,7 @@ published runs belong to: GPT (LayerNorm, biases, learned positions, tied embedd
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,9 @@ class Shape:
         rms_norm: RMSNorm instead of LayerNorm.
         bias: linear layers have one.
         dropout: of attention probabilities and of what each half of a layer adds.
+        wide_logits: the loss is computed on a float32 copy of the logits.
         fused_attention: one kernel that keeps no score.
+        fused_projections: query, key and value are one product, and so are gate and up.
     """
 
     layers: int
@@ -50,7 +53,9 @@ class Shape:
     rms_norm: bool = False
     bias: bool = True
     dropout: float = 0.0
+    wide_logits: bool = True
     fused_attention: bool = True
+    fused_projections: bool = False
     head_dim: int = 0
 
     @property
@@ -82,8 +87,10 @@ class Decoder(nn.Module):
         x = F.dropout(x, shape.dropout, self.training)
         for layer in self.layers:
             x = layer(x, angles)
-        logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        logits = self.head(self.norm(x)).flatten(0, 1)
+        if shape.wide_logits:
+            logits = logits.float()
+        return F.cross_entropy(logits, targets.flatten())
 
 
 class Layers(nn.Module):
@@ -126,20 +133,44 @@ class Attention(nn.Module):
         super().__init__()
         self.size = shape.size_of_head
         inner, kv = shape.heads * self.size, shape.kv_heads * self.size
-        self.q = nn.Linear(shape.hidden, inner, bias=shape.bias)
-        self.k = nn.Linear(shape.hidden, kv, bias=shape.bias)
-        self.v = nn.Linear(shape.hidden, kv, bias=shape.bias)
+        sizes = (inner, kv, kv)
+        if shape.fused_projections:
+            self.qkv: nn.Module = Joint(shape.hidden, sizes, bias=shape.bias)
+        else:
+            self.qkv = Apart(shape.hidden, dict(zip("qkv", sizes, strict=True)), bias=shape.bias)
         self.core: nn.Module = Fused(shape) if shape.fused_attention else Unfused(shape)
         self.out = nn.Linear(inner, shape.hidden, bias=shape.bias)
 
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        q, k, v = (
-            part.unflatten(-1, (-1, self.size)).transpose(1, 2)
-            for part in (self.q(x), self.k(x), self.v(x))
-        )
+        q, k, v = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in self.qkv(x))
         if angles is not None:
             q, k = _rotated(q, angles), _rotated(k, angles)
         return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Joint(nn.Module):
+    """Several projections of one input as one product."""
+
+    def __init__(self, inputs: int, outputs: Sequence[int], *, bias: bool) -> None:
+        super().__init__()
+        self.sizes = list(outputs)
+        self.product = nn.Linear(inputs, sum(outputs), bias=bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(self.product(x), self.sizes, -1)
+
+
+class Apart(nn.Module):
+    """Several projections of one input, a product each."""
+
+    def __init__(self, inputs: int, outputs: Mapping[str, int], *, bias: bool) -> None:
+        super().__init__()
+        self.products = nn.ModuleDict(
+            {name: nn.Linear(inputs, size, bias=bias) for name, size in outputs.items()}
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(product(x) for product in self.products.values())
 
 
 class Fused(nn.Module):
@@ -198,14 +229,20 @@ class FeedForward(nn.Module):
     def __init__(self, shape: Shape, width: int = 0) -> None:
         super().__init__()
         width = width or shape.ffn
-        self.gate = nn.Linear(shape.hidden, width, bias=shape.bias) if shape.gated else None
-        self.up = nn.Linear(shape.hidden, width, bias=shape.bias)
+        self.gated = shape.gated
+        if not shape.gated:
+            self.up: nn.Module = nn.Linear(shape.hidden, width, bias=shape.bias)
+        elif shape.fused_projections:
+            self.up = Joint(shape.hidden, (width, width), bias=shape.bias)
+        else:
+            self.up = Apart(shape.hidden, {"gate": width, "up": width}, bias=shape.bias)
         self.down = nn.Linear(width, shape.hidden, bias=shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
+        if not self.gated:
             return self.down(F.gelu(self.up(x), approximate="tanh"))
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = self.up(x)
+        return self.down(F.silu(gate) * up)
 
 
 def _norm(shape: Shape) -> nn.Module:

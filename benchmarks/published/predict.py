@@ -24,7 +24,8 @@ from benchmarks.published.models import Decoder, Layers, Shape
 from benchmarks.published.rows import Row
 from benchmarks.published.stacks import Stack, stack_of
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""Of parameters and activations; in 8 bits there are only products' operands."""
 MANY_DIVIDE = 8 * math.lcm(*range(1, 17))
 """A batch that micro-batches of up to 16 samples divide, and most larger ones in use."""
 Price = Callable[[Cluster, Software], CostModel]
@@ -101,13 +102,14 @@ class Predictor:
         self, row: Row, stack: Stack, layout: Layout, cluster: Cluster, program: Program,
         price: Price,
     ) -> Prediction:  # fmt: skip
-        costs = price(cluster, stack.software)
+        software = replace(stack.software, float8_products=row.precision == "fp8")
+        costs = price(cluster, software)
 
         def planned(memory_bytes: int | None) -> Plan:
             return find_plan(
                 program, cluster=costs.cluster, world_size=row.gpus, optimizer="adam",
                 constraints=replace(layout.pins, memory_bytes=memory_bytes), costs=costs,
-                software=stack.software, num_samples=row.global_batch,
+                software=software, num_samples=row.global_batch,
                 memo=self.memos.setdefault(program.fingerprint, Memo(keeps_shardings=True)),
             )  # fmt: skip
 
@@ -131,7 +133,7 @@ class Predictor:
 
         Samples of a decoder do not interact, so costs depend on the micro-batch alone.
         """
-        key = (shape, row.precision)
+        key = (shape, str(DTYPES[row.precision]))
         size = row.microbatch or 1
         known = self.programs.get(key)
         if known is None or known.batch_size % size:
@@ -161,12 +163,13 @@ def captured(shape: Shape, batch_size: int, dtype: torch.dtype) -> Program:
 def _reported(plan: Plan, stack: Stack) -> int:
     """What the source counts of the fullest stage."""
     if stack.memory == "peak":
-        return plan.prediction.peak_bytes
-    return max(
-        m.parameters + m.gradients + m.optimizer
-        + (m.activations if stack.memory == "activations" else 0)
-        for m in (stage.memory for stage in plan.stages)
-    )  # fmt: skip
+        return plan.prediction.peak_bytes + round(stack.memory_besides)
+    ranks = dict.fromkeys(plan.homes, 0)
+    for home, stage in zip(plan.homes, plan.stages, strict=True):
+        m = stage.memory
+        ranks[home] += m.parameters + m.gradients + m.optimizer
+        ranks[home] += m.activations if stack.memory == "activations" else 0
+    return max(ranks.values())
 
 
 def _in_words(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from autoshard.placement.named import named_signature, operand_names, where
 from autoshard.placement.registry import localises, rule, strategies_for
 from autoshard.placement.state import P, R, S, State, V
 from autoshard.placement.strategy import Hints, Signature, Strategy, on_local_tensors
-from autoshard.runtime.experts import EXCHANGE, OWN
+from autoshard.runtime.experts import EXCHANGE, EXPERTS, FOLDED, FOLDED_EXPERTS, GATHERED, OWN
 
 _ALIGNMENT_BYTES = 16
 """What the grouped kernel asks of every row of its operands."""
@@ -59,11 +59,15 @@ def experts(op: Op, n: int, hints: Hints) -> Iterator[Strategy]:
         yield strategy(V, V, V, V)
     dims = [d for d in range(x.ndim - 1) if x.shape[d] % n == 0]
     yield from (strategy(S(d), V, V, S(d)) for d in dims)
-    width = down.shape[2]
+    width, spread = down.shape[2], op.keywords.get("axis") == EXPERTS
     if width % n == 0:
         blocks = (width, width) if up.shape[1] == 2 * width else ()
         yield strategy(V, S(1, blocks), S(2), P)
-    if up.shape[0] % n == 0 and "axis" not in op.keywords:
+        if spread:
+            yield from (strategy(S(d), S(1, blocks), S(2), S(d), GATHERED) for d in dims)
+    if up.shape[0] % n == 0 and spread:
+        yield from (strategy(S(d), S(0), S(0), S(d), FOLDED) for d in dims)
+    elif up.shape[0] % n == 0 and "axis" not in op.keywords:
         yield strategy(V, S(0), S(0), P, OWN)
         yield from (strategy(S(d), S(0), S(0), S(d), EXCHANGE) for d in dims)
 
@@ -72,6 +76,11 @@ def experts(op: Op, n: int, hints: Hints) -> Iterator[Strategy]:
 def _localise_experts(op: Op, local: Op, strategy: Strategy, axis: str, n: int) -> Op:
     if not strategy.implementation:
         return local
+    if strategy.implementation == GATHERED:
+        return replace(local, kwargs=(*local.kwargs, ("gathered", axis), ("gathered_ranks", n)))
+    if strategy.implementation == FOLDED:
+        kept = tuple((k, v) for k, v in local.kwargs if k != "axis")
+        return replace(local, kwargs=(*kept, ("axis", FOLDED_EXPERTS)))
     added = (
         ("way", strategy.implementation), ("num_experts", op.operands[3].type.shape[0]),
         ("axis", axis),

@@ -1,0 +1,65 @@
+"""The search over schedules of several chunks and split backwards, where these can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_search import CLUSTER
+from test_virtual_stages import program
+
+from autoshard import schedules
+from autoshard.errors import InfeasibleError
+from autoshard.options import Constraints
+from autoshard.plan.plan import Plan
+from autoshard.plan.search import find_plan
+from autoshard.plan.space import LEFT_TO_PINS, configurations
+
+
+@pytest.fixture(autouse=True)
+def all_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, kind in schedules.SCHEDULES.items():
+        monkeypatch.setitem(schedules.SCHEDULES, name, replace(kind, runs=True))
+    yield
+
+
+def plan_for(**pins: Any) -> Plan:
+    return find_plan(program(), cluster=CLUSTER, world_size=2, constraints=Constraints(**pins))
+
+
+def test_the_space_has_every_schedule_that_runs() -> None:
+    space = configurations(program(), 2, Constraints(pp=2), CLUSTER, coupled=False)
+    assert {c.schedule for c in space} == set(schedules.SCHEDULES) - LEFT_TO_PINS
+    assert {c.virtual_stages for c in space if c.schedule == "interleaved-1f1b"} == {2, 4}
+    assert {c.virtual_stages for c in space if c.schedule == "zb-v"} == {2}
+
+
+def test_pinned_stages_leave_one_chunk_per_rank() -> None:
+    space = configurations(program(), 2, Constraints(pp=2, stages=(5, 5)), CLUSTER, coupled=False)
+    assert {c.virtual_stages for c in space} == {1}
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 1_300_000])
+def test_no_schedule_alone_beats_the_search(memory_bytes: int | None) -> None:
+    """Every schedule and number of chunks pinned: none is faster, none beats its own bound."""
+    more = {} if memory_bytes is None else {"memory_bytes": memory_bytes}
+    pins = {"pp": 2, "micro_batch_size": 1, **more}
+    free = plan_for(**pins)
+    space = configurations(program(), 2, Constraints(**pins), CLUSTER, coupled=False)
+    steps = {}
+    for c in space:
+        try:
+            alone = plan_for(**pins, schedule=c.schedule, virtual_stages=c.virtual_stages)
+        except InfeasibleError:
+            assert memory_bytes is not None, str(c)
+            continue
+        steps[c.schedule, c.virtual_stages] = alone.prediction.step_s
+        if c.schedule != "1f1b":
+            assert alone.solver.bound_s <= alone.prediction.step_s, str(c)
+        assert free.solver.bound_s <= alone.prediction.step_s * (1 + 1e-9), str(c)
+    assert len(steps) >= 4, "several are compared"
+    assert free.prediction.step_s == pytest.approx(min(steps.values()))
+    assert free.prediction.step_s < steps["1f1b", 1]
+    assert 0 <= free.solver.gap < 0.2
