@@ -41,7 +41,7 @@ def test_stages_pin_the_pipeline_degree() -> None:
         ({"dp": True}, "dp expects a positive integer but got True"),
         ({"micro_batch_size": -1}, "micro_batch_size expects a positive integer"),
         ({"memory_bytes": 1.5}, "memory_bytes expects a positive integer"),
-        ({"schedule": "1f2b"}, "schedule expects one of none, gpipe, 1f1b, .* but got '1f2b'"),
+        ({"schedule": "1f2b"}, "schedule expects one of none, naive, gpipe, .* but got '1f2b'"),
         ({"data_parallel": "zero4"}, "data_parallel expects one of ddp, zero1, zero2, zero3"),
         ({"recompute": "some"}, "recompute expects one of none, full, selective"),
         ({"sharding": {"w": "S"}}, r"sharding\['w'\]: expected a state"),

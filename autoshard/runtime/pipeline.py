@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward
-from torch.distributed.pipelining._utils import _make_tensor_from_meta
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 from torch.distributed.pipelining.stage import _RecvInfo
 
@@ -176,6 +175,12 @@ def _examples(types: Sequence[TensorType]) -> tuple[Tensor, ...]:
     )
 
 
+def _empty(info: _RecvInfo, device: torch.device) -> Tensor:
+    meta = info.tensor_meta
+    assert meta is not None
+    return torch.empty(meta.shape, dtype=meta.dtype, device=device)
+
+
 class _Stage(PipelineStage):
     """Torch's stage, but it allocates receive buffers when they are needed, frees what it sent,
     splits backward in its own way (:mod:`autoshard.runtime.split_backward`), and leaves the
@@ -285,7 +290,7 @@ class _Stage(PipelineStage):
     def _allocate(self, infos: Sequence[_RecvInfo]) -> None:
         for info in infos:
             if info.tensor_meta is not None and not info.is_root_arg:
-                info.buffer = _make_tensor_from_meta(info.tensor_meta, self.device)
+                info.buffer = _empty(info, self.device)
 
     def _release(self, infos: Sequence[_RecvInfo]) -> None:
         for info in infos:
@@ -349,7 +354,7 @@ class _Stage(PipelineStage):
         ):
             if info.tensor_meta is not None:
                 if gradient is None:
-                    gradient = _make_tensor_from_meta(info.tensor_meta, self.device).zero_()
+                    gradient = _empty(info, self.device).zero_()
                 info.buffer = gradient
 
     def backward_one_chunk(
