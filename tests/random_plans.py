@@ -50,10 +50,11 @@ def draw_plan(program: Program, seed: int) -> Plan:
             layers[name][axis] = assignment
             graphs[name] = apply_axis(graphs[name], assignment, axis, n)
     base = make_plan(program)
+    stages = _drawn_stages(rng, base.stages[0])
     return replace(
         base, world_size=dp * tp, mesh=replace(base.mesh, dp=dp, tp=tp),
         micro_batch_size=program.batch_size // dp // count, layers=layers, seed=seed,
-        stages=_drawn_stages(rng, base.stages[0]),
+        stages=stages, virtual_stages=len(stages),
     )  # fmt: skip
 
 

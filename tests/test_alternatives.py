@@ -28,6 +28,8 @@ def plan() -> Plan:
 
 def pins_of(other: Alternative, **more: Any) -> dict[str, Any]:
     mesh = other.mesh
+    if mesh.pp > 1:
+        more = {"schedule": other.schedule, "virtual_stages": other.virtual_stages, **more}
     return {
         "pp": mesh.pp, "dp": mesh.dp, "tp": mesh.tp, "micro_batch_size": other.micro_batch_size,
         **more,

@@ -25,7 +25,7 @@ from autoshard.plan.plan import Plan
 from autoshard.schedules import SCHEDULES
 
 DTYPE = torch.float64
-PIPELINES = [name for name in SCHEDULES if name != "none"]
+PIPELINES = [name for name, kind in SCHEDULES.items() if name != "none" and not kind.stale]
 
 
 def deep_gpt2(dtype: torch.dtype) -> zoo.Built:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,22 +16,16 @@ from autoshard.plan.search import find_plan
 from autoshard.plan.space import LEFT_TO_PINS, configurations
 
 
-@pytest.fixture(autouse=True)
-def all_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, kind in schedules.SCHEDULES.items():
-        monkeypatch.setitem(schedules.SCHEDULES, name, replace(kind, runs=True))
-    yield
-
-
 def plan_for(**pins: Any) -> Plan:
     return find_plan(program(), cluster=CLUSTER, world_size=2, constraints=Constraints(**pins))
 
 
 def test_the_space_has_every_schedule_that_runs() -> None:
     space = configurations(program(), 2, Constraints(pp=2), CLUSTER, coupled=False)
-    assert {c.schedule for c in space} == set(schedules.SCHEDULES) - LEFT_TO_PINS
+    kinds = schedules.SCHEDULES.items()
+    flushing = {name for name, kind in kinds if not kind.splits and not kind.stale}
+    assert {c.schedule for c in space} == flushing - LEFT_TO_PINS
     assert {c.virtual_stages for c in space if c.schedule == "interleaved-1f1b"} == {2, 4}
-    assert {c.virtual_stages for c in space if c.schedule == "zb-v"} == {2}
 
 
 def test_pinned_stages_leave_one_chunk_per_rank() -> None:
@@ -59,7 +51,7 @@ def test_no_schedule_alone_beats_the_search(memory_bytes: int | None) -> None:
         if c.schedule != "1f1b":
             assert alone.solver.bound_s <= alone.prediction.step_s, str(c)
         assert free.solver.bound_s <= alone.prediction.step_s * (1 + 1e-9), str(c)
-    assert len(steps) >= 4, "several are compared"
+    assert len(steps) >= 3, "several are compared"
     assert free.prediction.step_s == pytest.approx(min(steps.values()))
     assert free.prediction.step_s < steps["1f1b", 1]
     assert 0 <= free.solver.gap < 0.2

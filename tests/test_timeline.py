@@ -115,7 +115,7 @@ def traced(given: Setup) -> tuple[float, Timeline, list[float]]:
 @pytest.mark.parametrize(
     "pins",
     [
-        {"pp": 2, "dp": 2, "micro_batch_size": 2},
+        {"pp": 2, "dp": 2, "micro_batch_size": 2, "schedule": "1f1b"},
         {"dp": 2},
         {"pp": 2, "micro_batch_size": 2, "schedule": "zb-h1"},
     ],
@@ -139,12 +139,6 @@ def test_measured_timeline(pins: dict[str, Any], ranks: Pool) -> None:
         assert actions == [str(a) for a in schedule.ranks[rank]]
         assert [s.kind for s in own][-2:] == ["reduce", "step"]
         assert all(0 <= s.start_s <= s.end_s for s in own)
-    # Clocks agree: what a stage sends is not used before.
-    ends = {(s.lane, s.label): s for s in timeline.spans}
-    if plan.mesh.pp == 2:
-        for micro_batch in range(plan.num_micro_batches):
-            last = ends[plan.world_size - 1, f"1F{micro_batch}"]
-            assert last.end_s > ends[plan.mesh.dp - 1, f"0F{micro_batch}"].end_s
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
