@@ -206,6 +206,20 @@ def test_dtypes_have_their_own_peaks() -> None:
     assert peak_flops(v100, torch.float16) == 125e12
 
 
+def test_products_outside_matrix_units() -> None:
+    """In float32 they come near the peak, and rows that are not aligned cost no more."""
+    h100 = find("h100").device
+
+    def share(n: int, dtype: torch.dtype) -> float:
+        x, w = value("x", 8192, 768, dtype=dtype), value("w", n, 768, dtype=dtype)
+        cost = op_cost(op("linear.default", value("y", 8192, n, dtype=dtype), x, w), h100)
+        return cost.forward_flops / cost.forward_s / peak_flops(h100, dtype)
+
+    assert 0.7 < share(50304, torch.float32) < 0.75
+    assert share(50257, torch.float32) == pytest.approx(share(50304, torch.float32), rel=0.01)
+    assert share(50257, BF16) < 0.6 * share(50304, BF16)
+
+
 def test_tiles_that_do_not_fill_the_device() -> None:
     assert tile_efficiency(Product(1, 8192, 8192, 512), 0) == 1
     assert tile_efficiency(Product(1, 128 * 132, 128, 512), 132) == 1
