@@ -52,6 +52,7 @@ def slower(factor: float) -> Any:
 
 
 def test_every_op_of_the_plan_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "_overhead_s", lambda device: (1e-6, 1e-6))  # anew each time
     first = plan()
     assert first.prediction.origin["measured"] > 0.9
     assert plan(None).prediction.origin["measured"] == 0
@@ -61,7 +62,7 @@ def test_every_op_of_the_plan_is_measured_once(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(profiler, "measure_graph", never)
     again = plan()
-    assert again.prediction.step_s == pytest.approx(first.prediction.step_s, rel=0.2)
+    assert again.prediction.step_s == pytest.approx(first.prediction.step_s, rel=1e-6)
     assert again.prediction.origin["measured"] > 0.9
 
 
