@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autoshard.cluster import Cluster
+from autoshard.cluster import Cluster, Device
 from autoshard.errors import OptionError
 from autoshard.ir import Program
 from autoshard.options import ASYNCHRONOUS, DATA_PARALLEL, Constraints
@@ -156,7 +156,7 @@ def configurations(
                 continue
             if (coupled and size != local) or program.batch_size % size:
                 continue
-            for schedule, virtual_stages in _schedules(mesh, constraints, parts):
+            for schedule, virtual_stages in _schedules(mesh, constraints, parts, cluster.device):
                 found.append(
                     Configuration(
                         mesh=mesh, micro_batch_size=size,
@@ -217,8 +217,14 @@ def _parts_with_parameters(program: Program) -> int:
     return sum(bool(s.layer.graph.parameters) for s in program.segments)
 
 
-def _schedules(mesh: Mesh, constraints: Constraints, parts: int) -> Iterator[tuple[str, int]]:
-    """Schedules with their virtual stages: the pinned one, or all that run and could be best."""
+def _schedules(
+    mesh: Mesh, constraints: Constraints, parts: int, device: Device
+) -> Iterator[tuple[str, int]]:
+    """Schedules with their virtual stages: the pinned one, or all that run and could be best.
+
+    On processors without an engine for copies, whose own time every transfer takes, more chunks per
+    rank do not pay: there several are left to pins.
+    """
     pinned, chunks = constraints.schedule, constraints.virtual_stages
     if constraints.stages is not None:  # their number says it
         chunks = chunks or 1
@@ -234,7 +240,8 @@ def _schedules(mesh: Mesh, constraints: Constraints, parts: int) -> Iterator[tup
         if not kind.runs or kind.splits or kind.stale or name in LEFT_TO_PINS:
             continue
         least, most = kind.least_virtual, kind.most_virtual or max(VIRTUAL_STAGES)
-        for virtual in (chunks,) if chunks else VIRTUAL_STAGES:
+        menu = VIRTUAL_STAGES if device.kind == "cuda" else (1,)
+        for virtual in (chunks,) if chunks else menu:
             if least <= virtual <= most and mesh.pp * virtual <= parts:
                 yield name, virtual
 
