@@ -2,9 +2,10 @@
 
 The stage program (:mod:`autoshard.plan.stages`) knows the closed form of one stage per rank and
 full backwards, and there each stage has a device's memory to itself. Here the chunks of a rank
-share it. So the cuts are those of the stage program for equal recomputation everywhere, under the
-least recomputation under which every rank's chunks fit together; then each rank takes the least
-that its own chunks need. The price is what the simulated schedule takes.
+share it. So the cuts are those of the stage program for stages of equal length, all without
+recomputation or all with the most of it; under the least recomputation with which every rank's
+chunks fit together, each rank then takes the least that its own chunks need. The price is what the
+simulated schedule takes.
 """
 
 from __future__ import annotations
@@ -151,8 +152,6 @@ class ScheduledProblem:
         Args:
             pinned: per stage its segments of each run; ``None``: to be chosen.
         """
-        choices: tuple[StageChoice, ...] = ()
-        lacking: tuple[float, ...] = ()
         last = max(len(run.menu) for run in self.stages.runs) - 1
         leanest = pinned or self._cuts(last)
         if leanest is None:
