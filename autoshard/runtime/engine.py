@@ -87,7 +87,7 @@ class Slot:
 
     Attributes:
         name: the original qualified name.
-        holder: what the stage holds at rest (a ``DTensor`` where there are tensor ranks or FSDP2 splits it).
+        holder: what the stage holds at rest; a ``DTensor`` with tensor ranks or FSDP2.
         local: this rank's part, sharing memory with ``holder``.
         counted: this rank counts it in the global gradient norm.
     """
