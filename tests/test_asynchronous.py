@@ -13,6 +13,7 @@ import torch
 from ranks import Pool
 from stale_runs import Setup, State
 from torch import nn
+from torch.optim import Optimizer
 
 from autoshard.errors import LaunchError
 from autoshard.runtime.asynchronous import AsynchronousEngine, Order, Worker
@@ -33,6 +34,11 @@ def reversed_rounds(worker: int, clock: int) -> int:
 def one_far_ahead(worker: int, clock: int) -> int:
     """Worker 0 makes all of its updates before the others make any."""
     return clock if worker == 0 else STEPS + clock * (WORKERS - 1) + worker - 1
+
+
+def rotating_rounds(worker: int, clock: int) -> int:
+    """Workers in turn; each begins its next step while the servers still update for the others."""
+    return clock * WORKERS + (worker + clock) % WORKERS
 
 
 def pins_of(bound: int | None) -> dict[str, Any]:
@@ -103,6 +109,28 @@ def test_same_as_one_process_in_that_order(
     for worker in range(WORKERS):
         assert results[worker][0] == pytest.approx(losses[worker], abs=1e-12)
         assert [order(*made) for made in results[worker][2]] == list(range(WORKERS * STEPS))
+    for name, tensor in state.items():
+        torch.testing.assert_close(results[0][1][name], tensor, rtol=0, atol=1e-12)
+
+
+class SlowMomentum(torch.optim.SGD):
+    """Gives other threads time to do harm between a gradient and its update."""
+
+    def step(self, closure: Any = None) -> Any:
+        time.sleep(0.02)
+        return super().step(closure)
+
+
+def slow_momentum(parameters: list[nn.Parameter]) -> Optimizer:
+    return SlowMomentum(parameters, lr=0.05, momentum=0.9)
+
+
+def test_a_worker_that_begins_a_step_leaves_the_updates_in_work_alone(ranks: Pool) -> None:
+    given = runs.setup("chain", **pins_of(None))
+    results = ranks.run(trained, given, slow_momentum, rotating_rounds, None)
+    losses, state = in_order(given, rotating_rounds, runs.momentum)
+    for worker in range(WORKERS):
+        assert results[worker][0] == pytest.approx(losses[worker], abs=1e-12)
     for name, tensor in state.items():
         torch.testing.assert_close(results[0][1][name], tensor, rtol=0, atol=1e-12)
 

@@ -181,8 +181,9 @@ class AsynchronousEngine:
             self.optimizer.state[slot.local] = state[0]
 
     def zero_grad(self) -> None:
+        """Forget this worker's gradient; that of an update in work is the server's own."""
         for slot in self.slots:
-            slot.holder.grad = slot.local.grad = None
+            slot.holder.grad = None
 
     def set_max_norm(self, max_norm: float | None) -> None:
         """Clip each minibatch's gradient to this norm from the next step on; ``None``: do not."""
@@ -190,8 +191,10 @@ class AsynchronousEngine:
 
     def set_scheduler(self, scheduler: Callable[[Optimizer], LRScheduler]) -> LRScheduler:
         """Step a scheduler once per step of this rank's worker."""
-        self.scheduler = optimizers.make_scheduler(scheduler, self.optimizer, self.scheduler_state)
-        return self.scheduler
+        with self._server.lock:
+            made = optimizers.make_scheduler(scheduler, self.optimizer, self.scheduler_state)
+        self.scheduler = made
+        return made
 
     @property
     def order_of_updates(self) -> list[tuple[int, int]]:
