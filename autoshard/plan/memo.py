@@ -52,9 +52,10 @@ class Memo:
         coupled: where samples interact; ``None``: not asked yet.
         locals: the program of one rank and micro-batch, by (dp, micro-batches, cp, tp, ep).
         ranks: by local program and degree: every class on one rank, by name and assignment.
-        shardings: with ``keeps_shardings``, those found, by degree, price of memory and pin.
-        keeps_shardings: a sharding once chosen stays although prices and micro-batches change.
-            Right where pins leave one way; else the plan priced is what was best at first.
+        shardings: with ``keeps_shardings``, those found, by degree, micro-batch, price of memory
+            and pin.
+        keeps_shardings: a sharding once chosen stays although prices change. Right where pins
+            leave one way; else the plan priced is what was best at first.
     """
 
     coupled: tuple[str, ...] | None = None

@@ -508,7 +508,8 @@ class Search:
         pace, mesh = configuration.paces, configuration.mesh
         pins = self.request.constraints
         pinned = tuple(sorted(pins.sharding.items()))
-        kept = (tp, mesh.cp, mesh.ep, price, pins.sequence_parallel, pinned)
+        size = configuration.micro_batch_size
+        kept = (tp, mesh.cp, mesh.ep, size, price, pins.sequence_parallel, pinned)
         if self.memo.keeps_shardings and kept in self.memo.shardings:
             return self.memo.shardings[kept]
         shardings = self._shardings_of(configuration)
