@@ -5,8 +5,9 @@ micro-batches, all schedules taking turns. Printed are
 
 * for each number of micro-batches, the simulated and the measured seconds of a step, and how well
   they agree in the order of schedules (Spearman's rank correlation). The simulation has the seconds
-  of each stage, measured in one process by itself, and lets ranks that compute at the same time
-  share the cores of this machine;
+  of each part of the model, measured in one process by itself, those of a processor for each end of
+  a transfer, measured on a pipeline of stages that do nothing, and how much slower ranks are that
+  compute at the same time on the cores of this machine;
 * what a step takes relative to torch's own classes, used by hand on the same stages with the same
   optimizer: the median ratio over rounds in which both ran one after the other, in seconds, and in
   seconds of processors over all ranks, which other programs on the machine disturb less.
@@ -47,7 +48,6 @@ from torch.nn import functional
 
 from autoshard.capture import capture
 from autoshard.cluster import find
-from autoshard.cost_models.pipeline import StageSeconds
 from autoshard.options import Constraints
 from autoshard.parallel import Parallel
 from autoshard.plan.plan import Plan
@@ -63,8 +63,15 @@ sys.path.insert(0, str(ROOT / "tests"))  # processes that are started once and r
 import ranks  # noqa: E402
 
 RANKS = 4
+STEPS = 4
+"""Of one schedule at a stretch."""
 VOCAB, LENGTH, WIDTH, HEADS, BLOCKS = 256, 96, 192, 4, 8
-NAMES = [name for name in SCHEDULES if name not in ("none", "zb-1p")]  # zb-1p is zb-h1
+NAMES = [
+    name
+    for name, kind in SCHEDULES.items()
+    if not kind.stale and name not in ("none", "zb-1p")  # zb-1p is zb-h1
+]
+"""The synchronous ones."""
 BY_HAND: dict[str, Callable[..., Any]] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
@@ -172,25 +179,62 @@ def plan_of(program: Any, name: str) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Seconds of a part of the model and one micro-batch, in one process by itself."""
+    """Seconds of a part of the model and one micro-batch, in one process by itself.
+
+    Attributes:
+        inputs_s, weights_s: of a backward that is split in two.
+    """
 
     forward_s: float
+    backward_s: float
     inputs_s: float
     weights_s: float
+
+    def __add__(self, other: Part) -> Part:
+        return Part(
+            self.forward_s + other.forward_s, self.backward_s + other.backward_s,
+            self.inputs_s + other.inputs_s, self.weights_s + other.weights_s,
+        )  # fmt: skip
+
+    def lasts_s(self, action: Action) -> float:
+        return {
+            "F": self.forward_s, "B": self.backward_s, "I": self.inputs_s, "W": self.weights_s
+        }[action.kind]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What ranks on this machine take from each other.
+
+    Attributes:
+        rates: by how many ranks compute at once, how fast each does, next to one alone.
+        send_s: from one rank to another.
+        message_s: of a processor, for each end of a transfer.
+    """
+
+    rates: tuple[float, ...]
+    send_s: float
+    message_s: float
 
 
 def timed_part(module: nn.Module, x: Tensor, repeats: int = 30) -> Part:
     """The least of several runs: what other programs do to the machine only adds."""
-    times: list[tuple[float, float, float]] = []
+    times: list[tuple[float, float, float, float]] = []
     x = x.detach().requires_grad_(x.is_floating_point())
     for _ in range(repeats):
         begun = time.perf_counter()
         y = module(x)
-        after = time.perf_counter()
-        _, late = backward_of_inputs([y], [torch.ones_like(y)], [x])
+        forward = time.perf_counter() - begun
+        ones = torch.ones_like(y)
+        begun = time.perf_counter()
+        y.backward(ones)
+        backward = time.perf_counter() - begun
+        y = module(x)
+        begun = time.perf_counter()
+        _, late = backward_of_inputs([y], [ones], [x])
         split = time.perf_counter()
         late.run()
-        times.append((after - begun, split - after, time.perf_counter() - split))
+        times.append((forward, backward, split - begun, time.perf_counter() - split))
     return Part(*(min(column) for column in zip(*times, strict=True)))
 
 
@@ -204,27 +248,20 @@ def parts() -> dict[str, Part]:
     }
 
 
-def stage_seconds(known: Mapping[str, Part], count: int, send_s: float) -> list[StageSeconds]:
+def stage_parts(known: Mapping[str, Part], count: int) -> list[Part]:
     found = []
     for k in range(count):
         own = [known["block"]] * (BLOCKS // count)
         own += [known["embed"]] * (k == 0) + [known["head"]] * (k == count - 1)
-        weights = sum(p.weights_s for p in own)
-        found.append(
-            StageSeconds(
-                forward_s=sum(p.forward_s for p in own),
-                backward_s=sum(p.inputs_s for p in own) + weights,
-                weight_s=weights,
-                send_s=send_s,
-            )
-        )
+        found.append(functools.reduce(Part.__add__, own))
     return found
 
 
-def on_shared_cores(schedule: Schedule, stages: Sequence[StageSeconds], cores: int) -> float:
-    """Seconds of a step if ranks that compute at the same time share the cores equally.
+def on_shared_cores(schedule: Schedule, stages: Sequence[Part], machine: Machine) -> float:
+    """Seconds of a step if ranks that compute at the same time share the cores of a machine.
 
-    With a core per rank it is :func:`autoshard.cost_models.pipeline.simulate`.
+    With a core per rank and messages that cost no processor it is
+    :func:`autoshard.cost_models.pipeline.simulate`.
     """
     home = schedule.homes
     waiting = [deque(actions) for actions in schedule.ranks]
@@ -236,18 +273,23 @@ def on_shared_cores(schedule: Schedule, stages: Sequence[StageSeconds], cores: i
         """When its inputs are there; infinite if they are not made yet."""
         latest = 0.0
         for other in needs(action, schedule.num_stages):
-            sent = stages[min(action.stage, other.stage)].send_s
-            between = sent if home[other.stage] != home[action.stage] else 0.0
+            between = machine.send_s if home[other.stage] != home[action.stage] else 0.0
             latest = max(latest, done.get(other, float("inf")) + between)
         return latest
+
+    def work_s(action: Action) -> float:
+        """Of a processor: the computation, and this rank's ends of what comes and goes."""
+        stage, last = action.stage, schedule.num_stages - 1
+        beside = [k for k in (stage - 1, stage + 1) if 0 <= k <= last and home[k] != home[stage]]
+        ends = 0 if action.kind == "W" else len(beside)
+        return stages[stage].lasts_s(action) + ends * machine.message_s
 
     while any(waiting):
         ready = {r: ready_s(q[0]) for r, q in enumerate(waiting) if q and r not in left}
         for rank, at in ready.items():
             if at <= now:
-                action = waiting[rank][0]
-                left[rank] = stages[action.stage].lasts_s(action)
-        rate = min(1.0, cores / len(left)) if left else 1.0
+                left[rank] = work_s(waiting[rank][0])
+        rate = machine.rates[len(left) - 1] if left else 1.0
         ends = [now + rest / rate for rest in left.values()]
         until = min([*ends, *(at for at in ready.values() if at > now)])
         for rank in list(left):
@@ -350,10 +392,11 @@ def torch_runs(name: str, m: int) -> bool:
 def measure(
     num_micro_batches: int, plans: Mapping[str, Plan], program: Any, rounds: int
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
-    """All ways in turn, several rounds.
+    """All ways in turn, several rounds of a few steps each, as training makes them.
 
     Returns:
-        Per way and round its seconds and this rank's processor seconds; the loss of its first step.
+        Per way and round the seconds of a step and this rank's processor seconds in it; the loss of
+        its first step.
     """
     torch.set_num_threads(1)
     gc.disable()
@@ -364,10 +407,12 @@ def measure(
         for name, step in made.items():
             dist.barrier()
             begun, used = time.perf_counter(), time.process_time()
-            step()
+            for _ in range(STEPS):
+                step()
             used = time.process_time() - used
             dist.barrier()
-            found[name].append((time.perf_counter() - begun, used))
+            lasted = time.perf_counter() - begun
+            found[name].append((lasted / STEPS, used / STEPS))
         gc.collect()
     gc.enable()
     return found, losses
@@ -389,6 +434,61 @@ def transfer(repeats: int = 50) -> float:
     return best / 2
 
 
+class Scale(nn.Module):
+    """A stage that does next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+def message(steps: int = 10, num_micro_batches: int = 16) -> float:
+    """Processor seconds of this rank per end of a transfer, in torch's 1F1B of empty stages."""
+    torch.set_num_threads(1)
+    act = torch.empty(1, LENGTH, WIDTH, device="meta", requires_grad=True)
+    rank, group = dist.get_rank(), dist.group.WORLD
+    stage = PipelineStage(
+        Scale(), rank, RANKS, torch.device("cpu"), group=group, input_args=act, output_args=act
+    )
+    schedule = Schedule1F1B(
+        stage, num_micro_batches, loss_fn=lambda y, _: y.sum(), scale_grads=False
+    )
+    x = torch.ones(num_micro_batches, LENGTH, WIDTH)
+    arguments = (x,) if rank == 0 else ()
+    keywords = {"target": x} if rank == RANKS - 1 else {}
+    schedule.step(*arguments, **keywords)
+    dist.barrier()
+    used = time.process_time()
+    for _ in range(steps):
+        schedule.step(*arguments, **keywords)
+    ends = 2 * num_micro_batches * ((rank > 0) + (rank < RANKS - 1))
+    return (time.process_time() - used) / steps / ends
+
+
+def seconds_of_a_block(busy: int, repeats: int = 20) -> float:
+    """Of forward and backward while so many ranks do the same; 0 on the others."""
+    torch.set_num_threads(1)
+    block, x = model().blocks[0], torch.randn(1, LENGTH, WIDTH)
+    times = []
+    dist.barrier()
+    if dist.get_rank() < busy:
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            block(x).sum().backward()
+            times.append(time.perf_counter() - begun)
+    dist.barrier()
+    return statistics.mean(times[repeats // 4 :]) if times else 0.0
+
+
+def this_machine(pool: ranks.Pool) -> Machine:
+    send_s, message_s = pool.run(transfer)[0], statistics.mean(pool.run(message))
+    seconds = [max(pool.run(seconds_of_a_block, busy)) for busy in range(1, RANKS + 1)]
+    return Machine(tuple(min(1.0, seconds[0] / s) for s in seconds), send_s, message_s)
+
+
 # -- the tables -----------------------------------------------------------------------------------
 
 
@@ -408,12 +508,12 @@ def main() -> int:
     pool = ranks.Pool(RANKS)
     results = {}
     try:
-        send_s = pool.run(transfer)[0]
+        machine = this_machine(pool)
         for m in counts:
             program = capture(model(), example_inputs=batch(m), model_name="decoder")
             plans = {name: plan_of(program, name) for name in NAMES}
             per_rank = pool.run(measure, m, plans, program, rounds, timeout_s=900)
-            results[m] = _row(m, known, send_s, cores, per_rank)
+            results[m] = _row(m, known, machine, per_rank)
             if not args.json:
                 _show(m, results[m], cores)
     finally:
@@ -442,7 +542,7 @@ def main() -> int:
 
 
 def _row(
-    m: int, known: Mapping[str, Part], send_s: float, cores: int, per_rank: Sequence[Any]
+    m: int, known: Mapping[str, Part], machine: Machine, per_rank: Sequence[Any]
 ) -> dict[str, Any]:
     rounds, losses = per_rank[0]
     far = {name: loss for name, loss in losses.items() if abs(loss - losses["naive"]) > 1e-4}
@@ -456,8 +556,8 @@ def _row(
     predicted = {}
     for name in NAMES:
         schedule = by_name(name, RANKS, m, SCHEDULES[name].least_virtual)
-        stages = stage_seconds(known, schedule.num_stages, send_s)
-        predicted[name] = on_shared_cores(schedule, stages, cores)
+        stages = stage_parts(known, schedule.num_stages)
+        predicted[name] = on_shared_cores(schedule, stages, machine)
     measured = {name: min(seconds[name]) for name in NAMES}
     order = [predicted[n] for n in NAMES], [measured[n] for n in NAMES]
     return {

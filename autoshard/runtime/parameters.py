@@ -245,23 +245,36 @@ def local(parameter: Tensor, size: int | None = None) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-def _keep_gradient_apart(parameter: Tensor) -> None:
-    """See that no other gradient shares memory with this parameter's.
+class _OwnMemory:
+    """A hook that sees that no other gradient shares memory with its parameter's.
 
     Autograd makes the first gradient that arrives the parameter's ``grad`` without a copy, if no
     one else holds that tensor. It may still be a part of another's memory, as in
     ``cat(token, x) + positions``; adding to one, as the next micro-batch does, would then change
-    the other.
+    the other. A stage runs the same ops every time: what a gradient is once, it is always.
     """
-    if parameter.requires_grad and not hasattr(parameter, "_gradient_kept_apart"):
-        parameter.register_hook(_copy_of_a_part)  # type: ignore[no-untyped-call]
-        parameter._gradient_kept_apart = True  # type: ignore[attr-defined]
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.needed = True
+        self._handle = parameter.register_hook(self)  # type: ignore[no-untyped-call]
+
+    def __call__(self, gradient: Tensor) -> Tensor | None:
+        if gradient.untyped_storage().nbytes() == gradient.nbytes:
+            self.needed = False
+            return None
+        return gradient.clone(memory_format=torch.contiguous_format)
+
+    def remove(self) -> None:
+        self._handle.remove()
 
 
-def _copy_of_a_part(gradient: Tensor) -> Tensor | None:
-    if gradient.untyped_storage().nbytes() == gradient.nbytes:
-        return None
-    return gradient.clone(memory_format=torch.contiguous_format)
+def _keep_gradient_apart(parameter: Tensor) -> None:
+    kept = parameter.__dict__
+    if "_own_memory" not in kept:
+        kept["_own_memory"] = _OwnMemory(parameter) if parameter.requires_grad else None
+    elif (hook := kept["_own_memory"]) is not None and not hook.needed:
+        hook.remove()
+        kept["_own_memory"] = None
 
 
 def _leaf(parameter: DTensor) -> Tensor:

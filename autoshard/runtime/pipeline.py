@@ -7,10 +7,9 @@ gradients are reduced (see :mod:`autoshard.runtime.data_parallel`).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -251,41 +250,43 @@ class _Stage(PipelineStage):
     def _receive(
         self, direction: str, micro_batch: int, operations: list[dist.P2POp]
     ) -> list[dist.P2POp]:
-        what, stage = self._sender(direction, micro_batch)
-        with self._transfer(what, stage):
+        try:
             self._receives[direction, micro_batch] = [
                 operation.op(
                     operation.tensor, group=operation.group, group_src=operation.group_peer
                 )
                 for operation in operations
             ]
+        except RuntimeError as error:
+            raise self._not_received(direction, micro_batch, error) from error
         return []
 
     def _await(self, direction: str, micro_batch: int) -> None:
         """Until what another rank sends has come; nothing for a stage of this rank."""
-        what, stage = self._sender(direction, micro_batch)
-        for work in self._receives.pop((direction, micro_batch), ()):
-            with self._transfer(what, stage):
+        try:
+            for work in self._receives.pop((direction, micro_batch), ()):
                 self._wait(work)
-
-    def _sender(self, direction: str, micro_batch: int) -> tuple[str, int]:
-        what, peer = ("activations", -1) if direction == "F" else ("gradients", 1)
-        return f"{what} of micro-batch {micro_batch} from", self.stage_index + peer
+        except RuntimeError as error:
+            raise self._not_received(direction, micro_batch, error) from error
 
     def _wait(self, work: dist.Work) -> None:
         work.wait(self._limit) if self._limit else work.wait()
 
-    @contextlib.contextmanager
-    def _transfer(self, what: str, stage: int) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise TransferError(
-                f"stage {self.stage_index} on pipeline rank {self.group_rank} waited in vain for "
-                f"{what} stage {stage} on pipeline rank {self.stage_index_to_group_rank[stage]} "
-                f"({error}): that rank, or one that it waits for, has failed or hangs; see the "
-                "first error of the others"
-            ) from error
+    def _not_received(self, direction: str, micro_batch: int, error: Exception) -> TransferError:
+        what, peer = ("activations", -1) if direction == "F" else ("gradients", 1)
+        return self._in_vain(f"{what} of micro-batch {micro_batch} from", peer, error)
+
+    def _not_sent(self, direction: str, error: Exception) -> TransferError:
+        return self._in_vain("a transfer to", 1 if direction == "F" else -1, error)
+
+    def _in_vain(self, what: str, peer: int, error: Exception) -> TransferError:
+        stage = self.stage_index + peer
+        return TransferError(
+            f"stage {self.stage_index} on pipeline rank {self.group_rank} waited in vain for "
+            f"{what} stage {stage} on pipeline rank {self.stage_index_to_group_rank[stage]} "
+            f"({error}): that rank, or one that it waits for, has failed or hangs; see the "
+            "first error of the others"
+        )
 
     def _allocate(self, infos: Sequence[_RecvInfo]) -> None:
         for info in infos:
@@ -314,20 +315,21 @@ class _Stage(PipelineStage):
         return []
 
     def _start_sends(self, direction: str, operations: list[dist.P2POp]) -> None:
-        with self._transfer_from_here(direction):
+        try:
             for operation in operations:
                 tensor, peer = operation.tensor.contiguous(), operation.group_peer
                 work = operation.op(tensor, group=operation.group, group_dst=peer)
                 self._sends[direction].append(work)
+        except RuntimeError as error:
+            raise self._not_sent(direction, error) from error
         self._wait_for_sends(direction, _MAX_OPEN_SENDS * len(operations))
 
     def _wait_for_sends(self, direction: str, but_for: int = 0) -> None:
-        while len(self._sends[direction]) > but_for:
-            with self._transfer_from_here(direction):
+        try:
+            while len(self._sends[direction]) > but_for:
                 self._wait(self._sends[direction].popleft())
-
-    def _transfer_from_here(self, direction: str) -> contextlib.AbstractContextManager[None]:
-        return self._transfer("a transfer to", self.stage_index + (1 if direction == "F" else -1))
+        except RuntimeError as error:
+            raise self._not_sent(direction, error) from error
 
     def finish_sends(self) -> None:
         for direction in self._sends:

@@ -52,6 +52,7 @@ class Recorder:
 
 
 _active: Recorder | None = None
+_NOTHING = contextlib.nullcontext()
 
 
 def span(
@@ -59,7 +60,7 @@ def span(
 ) -> contextlib.AbstractContextManager[None]:
     """Around something that a timeline should show."""
     if _active is None:
-        return contextlib.nullcontext()
+        return _NOTHING
     return _active.span(kind, stage, micro_batch)
 
 

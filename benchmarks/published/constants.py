@@ -34,6 +34,15 @@ class Constant:
     high: float
     meaning: str = ""
 
+    @property
+    def path(self) -> list[str]:
+        """Into a cluster."""
+        return self.name.rpartition(":")[2].split(".")
+
+    def is_of(self, device: str) -> bool:
+        """Whether a device of this name has it."""
+        return device.startswith(self.name.rpartition(":")[0])
+
 
 CONSTANTS: tuple[Constant, ...] = (
     *(Constant(name=f"{chip}:device.matmul_efficiency", low=0.4, high=0.9,
