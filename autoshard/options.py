@@ -34,7 +34,8 @@ class Constraints:
 
     Attributes:
         pp, dp, cp, tp: mesh degrees; those given must multiply to a divisor of the world size.
-            ``cp``, context parallelism, is 1 if not given.
+            ``cp``, context parallelism, is 1 if not given, but for sequences of 16,384 positions
+            or more.
         ep: over so many neighbouring data-parallel ranks the experts of sparse layers are spread;
             divides ``dp``, and is for predictions only.
         micro_batch_size: samples per micro-batch on one data-parallel rank.

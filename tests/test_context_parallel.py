@@ -12,6 +12,8 @@ from ranks import Pool
 
 from autoshard.errors import OptionError
 from autoshard.options import Constraints, validate_world_size
+from autoshard.plan import search, space
+from autoshard.plan.context_axis import positions
 from autoshard.plan.plan import Plan
 
 STEPS = 2
@@ -64,8 +66,33 @@ def test_state_is_spread_over_data_and_context_ranks() -> None:
     assert both.stages[0].memory.optimizer == four.stages[0].memory.optimizer
 
 
-def test_the_search_leaves_it_to_pins() -> None:
+def test_short_sequences_are_left_to_pins() -> None:
     assert plan_of(program_of("llama", torch.float64), 4, {}).mesh.cp == 1
+
+
+def test_long_sequences_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("llama", torch.float64)
+    monkeypatch.setattr(space, "LONG", positions(program))
+    plan = plan_of(program, 4, {"dp": 1, "pp": 1})
+    assert plan.mesh.cp * plan.mesh.tp == 4
+    searched = {plan.mesh.cp, *(other.mesh.cp for other in plan.solver.candidates)}
+    assert searched == {1, 2, 4}
+    pinned = min(
+        plan_of(program, 4, {"dp": 1, "pp": 1, "cp": cp}).prediction.step_s for cp in (1, 2, 4)
+    )
+    assert plan.prediction.step_s == pytest.approx(pinned)
+
+
+def test_where_positions_cannot_be_split_the_search_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OptionError("positions cannot be split")
+
+    program = program_of("llama", torch.float64)
+    monkeypatch.setattr(space, "LONG", positions(program))
+    monkeypatch.setattr(search, "with_split_positions", refuses)
+    assert plan_of(program, 4, {}).mesh.cp == 1
 
 
 def test_a_model_without_positions() -> None:

@@ -90,6 +90,17 @@ def with_split_positions(local: LocalProgram, cp: int, tp: int, costs: CostModel
     return LocalProgram(local.program, graphs, local.dp, local.micro, local.coupled, cp=over_ranks)
 
 
+def positions(program: Program) -> int:
+    """Of the longest activations that pass between layers; 0: none are split by positions."""
+    streams = (
+        value.type
+        for segment in program.segments
+        for value in segment.layer.graph.outputs
+        if is_stream(value.type)
+    )
+    return max((kind.shape[_POSITIONS] for kind in streams), default=0)
+
+
 def is_stream(kind: TensorType) -> bool:
     """Activations of the form ``[samples, positions, features]``."""
     return kind.per_sample and kind.differentiable and kind.ndim == 3

@@ -352,7 +352,11 @@ class Search:
         return self._whole
 
     def _bound_from_ops(self, configuration: Configuration) -> float:
-        seconds = self._op_seconds(configuration, ideal(self.costs)) / configuration.mesh.tp
+        try:
+            seconds = self._op_seconds(configuration, ideal(self.costs)) / configuration.mesh.tp
+        except OptionError as refusal:  # an op that cannot be split over positions
+            self._refusals.append(refusal)
+            return float("inf")
         return _step_s(configuration, seconds + self._again(configuration).seconds)
 
     def _bound_from_shardings(self, configuration: Configuration) -> float:

@@ -9,11 +9,18 @@ from autoshard.cluster import Cluster, Device
 from autoshard.errors import OptionError
 from autoshard.ir import Program
 from autoshard.options import ASYNCHRONOUS, DATA_PARALLEL, Constraints
+from autoshard.plan.context_axis import positions
 from autoshard.plan.plan import Mesh
 from autoshard.schedules import SCHEDULES, WITH_SPLIT_BACKWARD, homes
 
 VIRTUAL_STAGES = (1, 2, 4)
 """Chunks per pipeline rank that are searched; other numbers are left to pins."""
+
+LONG = 16384
+"""Positions from which on context parallelism is searched: there attention takes as long as all
+else, and a sample's activations fill a device."""
+MOST_CONTEXT = 16
+"""Ranks that then share a sample at most (Llama 3's: Grattafiori et al. 2024, table 4)."""
 
 LEFT_TO_PINS = frozenset({"none", "naive", "gpipe", "looped-bfs"})
 """Schedules that the search leaves to those who pin them, beside those with split backwards and
@@ -98,16 +105,30 @@ def meshes(
 ) -> Iterator[Mesh]:
     """Every way to write the world size as pp x dp x cp x tp that the pins and the model allow.
 
-    Context parallelism is left to those who pin it: it pays for long sequences only. So is expert
+    Context parallelism is searched for long sequences, and left to pins for others. So is expert
     parallelism, which the runtime cannot execute yet.
 
     Tensor parallelism stays within the innermost tier (a node) unless it is pinned: its
     collectives are on the critical path of every layer.
     """
-    node, cp = cluster.tiers[0].size or world_size, constraints.cp or 1
-    if world_size % cp:
-        return
-    ranks = world_size // cp
+    for cp in _context_degrees(program, world_size, constraints):
+        yield from _meshes(program, world_size // cp, cp, constraints, cluster, num_samples)
+
+
+def _context_degrees(program: Program, world_size: int, constraints: Constraints) -> list[int]:
+    if constraints.cp is not None:
+        return [constraints.cp] if world_size % constraints.cp == 0 else []
+    if positions(program) < LONG:
+        return [1]
+    degrees = (2**k for k in range(MOST_CONTEXT.bit_length()))
+    return [cp for cp in degrees if world_size % cp == 0 and positions(program) % cp == 0]
+
+
+def _meshes(
+    program: Program, ranks: int, cp: int, constraints: Constraints, cluster: Cluster,
+    num_samples: int,
+) -> Iterator[Mesh]:  # fmt: skip
+    node = cluster.tiers[0].size or ranks * cp
     stages = _parts_with_parameters(program)
     for tp in divisors(ranks):
         if tp != (constraints.tp or tp) or (constraints.tp is None and tp > node):
@@ -155,6 +176,8 @@ def configurations(
             if size != (constraints.micro_batch_size or size):
                 continue
             if (coupled and size != local) or program.batch_size % size:
+                continue
+            if coupled and mesh.cp != (constraints.cp or 1):
                 continue
             for schedule, virtual_stages in _schedules(mesh, constraints, parts, cluster.device):
                 found.append(
