@@ -302,7 +302,6 @@ class ScheduleKind:
         splits: backward is two actions, at least of some micro-batches.
         stale: gradients are of older weights than those they change, as the table of
             :mod:`autoshard.versioned` says; ``make`` has the order of its forwards and backwards.
-        runs: the runtime can execute it; others are for predictions.
     """
 
     make: Callable[[int, int, int, WeightSplit], Schedule]
@@ -313,7 +312,6 @@ class ScheduleKind:
     folds: bool = False
     splits: bool = False
     stale: bool = False
-    runs: bool = True
 
 
 SCHEDULES: dict[str, ScheduleKind] = {

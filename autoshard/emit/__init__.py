@@ -21,7 +21,6 @@ from autoshard.errors import OptionError
 from autoshard.ir import Program
 from autoshard.passes import StageGraphs, stage_graphs
 from autoshard.plan.plan import Plan
-from autoshard.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from autoshard.runtime.stage import BaseStage
@@ -84,15 +83,9 @@ def emit(program: Program, plan: Plan) -> Emitted:
     """Source and manifest of a planned program.
 
     Raises:
-        OptionError: if the plan is for predictions only: the runtime does not have its schedule.
+        OptionError: if the plan is for predictions only: it spreads experts over data ranks.
         InternalError: if a pass leaves something that is not legal.
     """
-    if not SCHEDULES[plan.schedule].runs:
-        able = ", ".join(name for name, kind in SCHEDULES.items() if kind.runs)
-        raise OptionError(
-            f"expected a plan with a schedule that the runtime has ({able}) but got "
-            f"{plan.schedule!r}, which is for predictions only; plan without that pin to run it"
-        )
     if plan.mesh.ep > 1:
         raise OptionError(
             f"expected a plan with ep=1 but got ep={plan.mesh.ep}: experts spread over "

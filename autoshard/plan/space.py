@@ -260,7 +260,7 @@ def _schedules(
             yield pinned, chunks or 1
         return
     for name, kind in SCHEDULES.items():
-        if not kind.runs or kind.splits or kind.stale or name in LEFT_TO_PINS:
+        if kind.splits or kind.stale or name in LEFT_TO_PINS:
             continue
         least, most = kind.least_virtual, kind.most_virtual or max(VIRTUAL_STAGES)
         menu = VIRTUAL_STAGES if device.kind == "cuda" else (1,)
