@@ -6,7 +6,9 @@ Each case is the command ``autoshard plan`` in a process of its own, on one thre
 wall and CPU seconds, the largest resident memory, and the seconds of each phase; the goals are
 those for 2 idle cores. ``--growth`` plans one model for 8 to 16,384 devices, and others of 8 to
 512 layers for 1,024. ``--published`` plans the cases that have a published hand-tuned configuration
-with that configuration pinned, too, and shows the throughput of both beside the published one.
+with that configuration pinned, too, and shows the throughput of both beside the published one and
+beside what is predicted for that configuration on its authors' software, which has more
+fused kernels and keeps less in memory than the runtime here.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.throughput import Decoder, Throughput, predicted
+from benchmarks.published.predict import Prediction, Predictor
+from benchmarks.published.rows import Row
+from benchmarks.throughput import Decoder, Throughput, of_step, predicted
 from benchmarks.throughput import table as throughput_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,11 +42,13 @@ class HandTuned:
 
     Attributes:
         pins: what was published of it.
+        row: the same as a row of published runs, on its authors' software.
         throughput: what its authors measured.
     """
 
     decoder: Decoder
     pins: tuple[str, ...]
+    row: Row
     throughput: Throughput
 
 
@@ -72,14 +78,21 @@ def _case(
     return Case(name, options, goal_s, goal_bytes, hand_tuned)
 
 
-# Grattafiori et al. 2024, table 4; its interleaved schedule and recomputation are left to the
-# planner.
+# Grattafiori et al. 2024, table 4 and section 3.3.2 (chunks of one layer, no recomputation); what
+# the runtime here recomputes under an interleaved schedule is left to the planner.
 _LLAMA = HandTuned(
     decoder=Decoder(
         layers=126, hidden=16384, vocabulary=128256, sequence=8192,
         layer_weights=16384 * (2 * 16384 + 2 * 1024 + 3 * 53248),
     ),
     pins=("tp=8", "cp=1", "pp=16", "dp=128", "micro_batch_size=1"),
+    row=Row(
+        id="llama3-405b", family="llama3", accelerator="H100-SXM", gpus=16384, gpus_per_node=8,
+        inter_node_link="400 Gb/s RoCE, 50GB/s/GPU", status="ok", year=2024, layers=126,
+        hidden=16384, heads=128, kv_heads=8, ffn=53248, ffn_gated=1, vocab=128256, seq=8192,
+        global_batch=2048, microbatch=1, tp=8, pp=16, vpp=8, dp=128, zero_stage=1, seq_parallel=1,
+        recompute="none", schedule="interleaved-1f1b", precision="bf16",
+    ),
     throughput=Throughput(
         case="llama3-405b-16384", plan="published", step_s=None, model_flops_per_s="380-430",
         hardware_flops_per_s="-", layout="tp=8 cp=1 pp=16 dp=128 (Grattafiori et al. 2024)",
@@ -93,6 +106,13 @@ _GPT = HandTuned(
     pins=(
         "tp=8", "pp=64", "dp=6", "micro_batch_size=1", "schedule=interleaved-1f1b",
         "virtual_stages=2", "recompute=full",
+    ),
+    row=Row(
+        id="gpt3-1t", family="ptdp-table1", accelerator="A100-80", gpus=3072, gpus_per_node=8,
+        inter_node_link="8x HDR200, 25GB/s/GPU", status="ok", year=2021, layers=128, hidden=25600,
+        heads=160, kv_heads=160, ffn=102400, vocab=51200, seq=2048, global_batch=3072,
+        microbatch=1, tp=8, pp=64, vpp=1, dp=6, zero_stage=0, seq_parallel=0, recompute="full",
+        schedule="1f1b", precision="fp16",
     ),
     throughput=Throughput(
         case="gpt3-1t-3072", plan="published", step_s=None, model_flops_per_s="-",
@@ -228,8 +248,21 @@ def throughput(case: Case, automatic: Result) -> list[Throughput]:
     return [
         predicted(case.name, "automatic", hand.decoder, automatic.summary),
         predicted(case.name, "hand-tuned", hand.decoder, pinned.summary),
+        _on_its_software(case.name, hand),
         hand.throughput,
     ]
+
+
+def _on_its_software(case: str, hand: HandTuned) -> Throughput:
+    """What is predicted as for a row of :mod:`benchmarks.published`."""
+    row, result = hand.row, Predictor().predict(hand.row)
+    assert isinstance(result, Prediction), result
+    assert row.global_batch is not None and row.layers is not None
+    again = row.layers if row.recompute == "full" else 0
+    return of_step(
+        case, "hand-tuned, its software", result.layout, result.time_s, hand.decoder,
+        row.global_batch, row.gpus, again,
+    )  # fmt: skip
 
 
 def table(results: list[Result]) -> Table:

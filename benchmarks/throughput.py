@@ -67,17 +67,35 @@ class Throughput:
 def predicted(case: str, plan: str, decoder: Decoder, summary: dict[str, object]) -> Throughput:
     """Of a plan, from what ``autoshard plan --json`` says of it."""
     own = summary["front"][0]  # type: ignore[index]
-    samples, devices = int(summary["global_batch_size"]), int(summary["world_size"])  # type: ignore[call-overload]
-    step_s = float(summary["predicted_step_s"])  # type: ignore[arg-type]
-    model = decoder.model_flops(samples) / devices / step_s
-    hardware = decoder.hardware_flops(samples, own["recompute"].get("full", 0)) / devices / step_s
     mesh = " ".join(f"{axis}={n}" for axis, n in own["mesh"].items() if n > 1)
     chunks = f" x{own['virtual_stages']}" if own["virtual_stages"] > 1 else ""
     again = ", ".join(f"{n} {mode}" for mode, n in own["recompute"].items() if mode != "none")
+    layout = (
+        f"{mesh}, micro-batch {own['micro_batch_size']}, {own['schedule']}{chunks}, "
+        f"{own['data_parallel']}, recomputed: {again or 'none'}"
+    )
+    return of_step(
+        case, plan, layout, float(summary["predicted_step_s"]), decoder,  # type: ignore[arg-type]
+        int(summary["global_batch_size"]), int(summary["world_size"]),  # type: ignore[call-overload]
+        own["recompute"].get("full", 0),
+    )  # fmt: skip
+
+
+def of_step(
+    case: str,
+    plan: str,
+    layout: str,
+    step_s: float,
+    decoder: Decoder,
+    samples: int,
+    devices: int,
+    recomputed: int,
+) -> Throughput:
+    """Of a step of so many samples on all devices, with so many layers recomputed in full."""
+    model = decoder.model_flops(samples) / devices / step_s
+    hardware = decoder.hardware_flops(samples, recomputed) / devices / step_s
     return Throughput(
-        case=case, plan=plan, step_s=step_s,
-        layout=f"{mesh}, micro-batch {own['micro_batch_size']}, {own['schedule']}{chunks}, "
-               f"{own['data_parallel']}, recomputed: {again or 'none'}",
+        case=case, plan=plan, step_s=step_s, layout=layout,
         model_flops_per_s=f"{model / 1e12:.0f}", hardware_flops_per_s=f"{hardware / 1e12:.0f}",
     )  # fmt: skip
 
