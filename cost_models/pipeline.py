@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoshard.errors import OptionError
-from autoshard.schedule import Action, Schedule, dry_run, gradient, needs
+from autoshard.schedule import Action, Kind, Schedule, dry_run, gradient, needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +73,72 @@ class Simulation:
         return max((end for a, _, end in self.timeline if a.stage == stage), default=0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Course:
+    """A schedule's actions in an order that respects what each waits for, ready for the clock.
+
+    Attributes:
+        num_ranks: of the pipeline.
+        actions: in that order.
+        steps: of each its rank, where :func:`_durations` has its seconds, and what it needs: the
+            index of an action, and the stage whose transfer lies in between (-1: none).
+        in_flight: see :class:`Simulation`.
+    """
+
+    num_ranks: int
+    actions: tuple[Action, ...]
+    steps: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+    in_flight: tuple[int, ...]
+
+    @staticmethod
+    def of(schedule: Schedule) -> Course:
+        """Dry-run a schedule.
+
+        Raises:
+            OptionError: it is no valid one.
+        """
+        run = dry_run(schedule)
+        home = schedule.homes
+        place: dict[Action, int] = {}
+        steps = []
+        for index, action in enumerate(run.order):
+            rank = home[action.stage]
+            needed = tuple(
+                (place[o], -1 if home[o.stage] == rank else min(action.stage, o.stage))
+                for o in needs(action, schedule.num_stages)
+            )
+            steps.append((rank, _KINDS * action.stage + _PLACE[action.kind], needed))
+            place[gradient(action) if action.kind == "B" else action] = index
+        return Course(len(schedule.ranks), run.order, tuple(steps), run.in_flight)
+
+    def clocked(self, stages: Sequence[StageSeconds]) -> tuple[list[float], list[float]]:
+        """When each rank begins its first action, and when each action ends."""
+        durations = _durations(stages)
+        sends = [*(s.send_s for s in stages), 0.0]  # -1 is the last
+        free_s = [0.0] * self.num_ranks
+        first_s: list[float | None] = [None] * self.num_ranks
+        ends = [0.0] * len(self.steps)
+        for index, (rank, duration, needed) in enumerate(self.steps):
+            start = free_s[rank]
+            for other, sender in needed:
+                arrives = ends[other] + sends[sender]
+                if arrives > start:
+                    start = arrives
+            if first_s[rank] is None:
+                first_s[rank] = start
+            free_s[rank] = ends[index] = start + durations[duration]
+        return [start or 0.0 for start in first_s], ends
+
+
+_PLACE: dict[Kind, int] = {"F": 0, "B": 1, "I": 2, "W": 3}
+_KINDS = len(_PLACE)
+
+
+def _durations(stages: Sequence[StageSeconds]) -> list[float]:
+    """Of every kind of action of every stage."""
+    return [s.lasts_s(Action(0, kind, 0)) for s in stages for kind in _PLACE]
+
+
 def simulate(schedule: Schedule, stages: Sequence[StageSeconds]) -> Simulation:
     """Run a schedule on the clock.
 
@@ -88,34 +154,22 @@ def simulate(schedule: Schedule, stages: Sequence[StageSeconds]) -> Simulation:
             f"expected the seconds of {schedule.num_stages} stages but got {len(stages)}; "
             "give one StageSeconds per stage"
         )
-    run = dry_run(schedule)
-    home = schedule.homes
-    num_ranks = len(schedule.ranks)
-    first_s: list[float | None] = [None] * num_ranks
-    free_s = [0.0] * num_ranks
-    busy_s = [0.0] * num_ranks
-    done_s: dict[Action, float] = {}
+    course = Course.of(schedule)
+    first_s, ends = course.clocked(stages)
+    durations = _durations(stages)
+    free_s, busy_s = [0.0] * course.num_ranks, [0.0] * course.num_ranks
     timeline = []
-    for action in run.order:
-        stage, rank = action.stage, home[action.stage]
-        start = free_s[rank]
-        for other in needs(action, schedule.num_stages):
-            sent = stages[min(stage, other.stage)].send_s if home[other.stage] != rank else 0.0
-            start = max(start, done_s[other] + sent)
-        lasts = stages[stage].lasts_s(action)
-        free_s[rank] = start + lasts
-        done_s[gradient(action) if action.kind == "B" else action] = start + lasts
-        busy_s[rank] += lasts
-        if first_s[rank] is None:
-            first_s[rank] = start
-        timeline.append((action, start, start + lasts))
+    for action, end, (rank, duration, _) in zip(course.actions, ends, course.steps, strict=True):
+        free_s[rank] = end
+        busy_s[rank] += durations[duration]
+        timeline.append((action, end - durations[duration], end))
     step_s = max(free_s)
-    whole = step_s * num_ranks
+    whole = step_s * course.num_ranks
     return Simulation(
         step_s=step_s, busy_s=tuple(busy_s), end_s=tuple(free_s),
-        span_s=tuple(end - (start or 0.0) for start, end in zip(first_s, free_s, strict=True)),
+        span_s=tuple(end - start for start, end in zip(first_s, free_s, strict=True)),
         bubble=1 - sum(busy_s) / whole if whole else 0.0,
-        in_flight=run.in_flight, timeline=tuple(timeline),
+        in_flight=course.in_flight, timeline=tuple(timeline),
     )  # fmt: skip
 
 

@@ -10,10 +10,11 @@ simulated schedule takes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from autoshard.cost_models.pipeline import StageSeconds, held_at_peak, simulate
+from autoshard.cost_models.pipeline import Course, StageSeconds, held_at_peak
 from autoshard.plan.stage_problem import Slot, StageProblem
 from autoshard.plan.stages import StageChoice, evaluate_stages, split_stages
 from autoshard.plan.weight_split import WeightWork
@@ -51,11 +52,30 @@ class Pipeline:
     virtual_stages: int = 1
     split: WeightSplit | None = None
 
-    def made(self, num_micro_batches: int) -> Schedule:
-        """The schedule for so many micro-batches."""
-        return by_name(
-            self.schedule, self.num_ranks, num_micro_batches, self.virtual_stages, self.split
-        )
+    def of(self, num_micro_batches: int) -> Pipeline:
+        """The same for so many micro-batches; equal if the schedules are."""
+        split = self.split if SCHEDULES[self.schedule].splits else None
+        return replace(self, num_micro_batches=num_micro_batches, split=split)
+
+    @property
+    def few(self) -> int:
+        """Micro-batches after which a schedule with a flush repeats itself; of others all."""
+        m, p = self.num_micro_batches, self.num_ranks
+        return min(m, 4 * p + m % p) if SCHEDULES[self.schedule].flushes else m
+
+
+@functools.lru_cache(maxsize=64)
+def _made(pipeline: Pipeline) -> Schedule:
+    return by_name(
+        pipeline.schedule, pipeline.num_ranks, pipeline.num_micro_batches,
+        pipeline.virtual_stages, pipeline.split,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _course(pipeline: Pipeline) -> Course:
+    """Prepared once for all the seconds that its stages may take."""
+    return Course.of(_made(pipeline))
 
 
 def pipeline_seconds(
@@ -77,13 +97,17 @@ def pipeline_seconds(
         busy_s[home] += m * (stages[stage].forward_s + stages[stage].backward_s)
 
     def simulated_s(times: Sequence[StageSeconds], num_micro_batches: int) -> float:
-        run = simulate(pipeline.made(num_micro_batches), times)
-        ends = run.end_s if kind.flushes else run.span_s
-        return max(end + tail for end, tail in zip(ends, tails, strict=True))
+        course = _course(pipeline.of(num_micro_batches))
+        begins, ends = course.clocked(times)
+        last = [0.0] * p
+        for (rank, _, _), end in zip(course.steps, ends, strict=True):
+            last[rank] = end
+        zeros = [0.0] * p if kind.flushes else begins
+        return max(e - zero + tail for e, zero, tail in zip(last, zeros, tails, strict=True))
 
     def step_s(times: Sequence[StageSeconds]) -> float:
-        few, period = 4 * p + m % p, 2 * p
-        if not kind.flushes or m <= few + period:
+        few, period = pipeline.few, 2 * p
+        if m <= few + period:
             return simulated_s(times, m)
         begun, more = simulated_s(times, few), simulated_s(times, few + period)
         return more + (m - few - period) / period * (more - begun)
@@ -115,7 +139,7 @@ class ScheduledProblem:
         name: of the schedule.
         work: by run, what can be put off of one segment's backward.
         split: how backward falls into two parts, on average.
-        schedule: fitted to that.
+        schedule: fitted to that; the first micro-batches of it, until it repeats itself.
     """
 
     stages: StageProblem
@@ -129,10 +153,11 @@ class ScheduledProblem:
 
     def __post_init__(self) -> None:
         self.split = self._split()
-        self.schedule = by_name(
-            self.name, self.num_ranks, self.stages.num_micro_batches, self.virtual_stages,
-            self.split,
+        pipeline = Pipeline(
+            schedule=self.name, num_ranks=self.num_ranks, split=self.split,
+            num_micro_batches=self.stages.num_micro_batches, virtual_stages=self.virtual_stages,
         )  # fmt: skip
+        self.schedule = _made(pipeline.of(pipeline.few))
 
     def _split(self) -> WeightSplit:
         runs = self.stages.runs
