@@ -25,11 +25,13 @@ class Constant:
 
     Attributes:
         name: see the module.
+        start: where a fit begins: a round guess for any device, not taken from published runs.
         low, high: what is physically possible.
         meaning: what it is, for people.
     """
 
     name: str
+    start: float
     low: float
     high: float
     meaning: str = ""
@@ -45,28 +47,32 @@ class Constant:
 
 
 CONSTANTS: tuple[Constant, ...] = (
-    *(Constant(name=f"{chip}:device.matmul_efficiency", low=0.4, high=0.9,
+    *(Constant(name=f"{chip}:device.matmul_efficiency", start=0.65, low=0.4, high=0.9,
                meaning="share of the peak that large matrix products reach")
       for chip in ("v100", "a100", "h")),
-    *(Constant(name=f"{chip}:device.attention_efficiency", low=0.1, high=0.8,
+    *(Constant(name=f"{chip}:device.attention_efficiency", start=0.4, low=0.1, high=0.8,
                meaning="share of the peak that fused attention reaches")
       for chip in ("a100", "h")),
-    Constant(name="device.memory_efficiency", low=0.5, high=0.95,
+    Constant(name="device.memory_efficiency", start=0.8, low=0.5, high=0.95,
              meaning="share of the memory bandwidth that streaming kernels reach"),
-    Constant(name="device.product_depth", low=50, high=800,
+    Constant(name="device.product_depth", start=200, low=50, high=800,
              meaning="length of sums at which products reach half of their rate"),
-    Constant(name="device.alignment", low=0.05, high=1.0,
+    Constant(name="device.alignment", start=0.3, low=0.05, high=1.0,
              meaning="how products slow down whose sizes are no multiples of 64"),
-    Constant(name="device.launch_s", low=1e-6, high=2e-5, meaning="gap between kernels"),
-    Constant(name="device.host_s", low=5e-6, high=8e-5, meaning="of the host per kernel"),
-    Constant(name="device.overlap_slowdown", low=0.02, high=0.6,
+    Constant(name="device.launch_s", start=4e-6, low=1e-6, high=2e-5,
+             meaning="gap between kernels"),
+    Constant(name="device.host_s", start=1.5e-5, low=5e-6, high=8e-5,
+             meaning="of the host per kernel"),
+    Constant(name="device.overlap_slowdown", start=0.2, low=0.02, high=0.6,
              meaning="what hidden collectives take from compute"),
-    Constant(name="tiers.0.efficiency.*", low=0.4, high=0.95,
+    Constant(name="tiers.0.efficiency.*", start=0.75, low=0.4, high=0.95,
              meaning="share of the links in a node that collectives use"),
-    Constant(name="tiers.0.latency_s", low=1e-6, high=3e-5, meaning="per step in a node"),
-    Constant(name="tiers.-1.efficiency.*", low=0.4, high=0.95,
+    Constant(name="tiers.0.latency_s", start=6e-6, low=1e-6, high=3e-5,
+             meaning="per step in a node"),
+    Constant(name="tiers.-1.efficiency.*", start=0.75, low=0.4, high=0.95,
              meaning="share of the network that collectives use"),
-    Constant(name="tiers.-1.latency_s", low=2e-6, high=1e-4, meaning="per step across nodes"),
+    Constant(name="tiers.-1.latency_s", start=2e-5, low=2e-6, high=1e-4,
+             meaning="per step across nodes"),
 )  # fmt: skip
 """What :mod:`benchmarks.published.fit` fits."""
 
@@ -113,15 +119,3 @@ def with_value(item: Any, path: list[str], value: float) -> Any:
             f"constant path {'.'.join(path)!r} leads nowhere in {type(item).__name__} ({error}); "
             "name a field of a cluster file"
         ) from None
-
-
-def value_of(item: Any, path: list[str]) -> float:
-    """The leaf at a path."""
-    for head in path:
-        if isinstance(item, tuple):
-            item = item[int(head)]
-        elif isinstance(item, Mapping):
-            item = next(iter(item.values())) if head == "*" else item.get(head, 1.0)
-        else:
-            item = getattr(item, head)
-    return float(item)

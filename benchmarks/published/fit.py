@@ -1,8 +1,8 @@
 """Fits the constants of the cost models to published runs, and tests them on sources left out.
 
 Every fold leaves out whole sources, not rows: what is said of the error on rows left out is what a
-source that nobody has seen can expect. The fit starts from one value for all devices and links (the
-median of the presets), takes a sample of each family's rows, and is made by
+source that nobody has seen can expect. The fit starts from round guesses, has one value for all
+links and most of all devices, takes a sample of each family's rows, and is made by
 :mod:`benchmarks.published.fitting`; the errors are of all rows of the sources left out. Run
 ``python -m benchmarks.published.fit --data FILE.csv``.
 """
@@ -10,9 +10,9 @@ median of the presets), takes a sample of each family's rows, and is made by
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from autoshard.errors import AutoshardError
-from benchmarks.published.constants import CONSTANTS, Constant, value_of
+from benchmarks.published.constants import CONSTANTS, Constant
 from benchmarks.published.fitting import FAR_OFF, Errors, Values, fitted
-from benchmarks.published.machines import cluster_of
 from benchmarks.published.metrics import TRUSTED, Scores, scores, time_error
 from benchmarks.published.predict import Outcome
 from benchmarks.published.pricing import Pricing
@@ -38,20 +37,6 @@ Price = Callable[[Sequence[Row], Values], list[Outcome]]
 def source_of(row: Row) -> str:
     """The source of a row: families are named after it."""
     return row.family.split("-")[0]
-
-
-def starting_values(constants: Sequence[Constant], rows: Sequence[Row]) -> Values:
-    """What the presets say, the median over the rows."""
-    found = {}
-    for constant in constants:
-        clusters = [cluster_of(row) for row in rows]
-        figures = [
-            value_of(cluster, constant.path)
-            for cluster in clusters
-            if constant.is_of(cluster.device.name)
-        ]
-        found[constant.name] = statistics.median(figures) if figures else constant.low
-    return found
 
 
 def family_weights(rows: Sequence[Row]) -> Errors:
@@ -109,13 +94,20 @@ def cross_validated(
         left_out = [row for row in rows if source_of(row) in sources]
         label = f"without {', '.join(sources)}" if sources else "all sources"
         values = fitted(
-            constants, starting_values(constants, known),
-            lambda values, known=known: log_errors(price(known, values)), family_weights(known),
-            lambda text, label=label: progress(f"{label}: {text}"),
+            constants, _errors_of(known, price), family_weights(known),
+            functools.partial(_tell, progress, label),
         )  # fmt: skip
         inside = scores(price(known, values))
         found.append(Fold(sources, values, inside, tuple(price(left_out, values))))
     return found
+
+
+def _errors_of(rows: Sequence[Row], price: Price) -> Callable[[Values], Errors]:
+    return lambda values: log_errors(price(rows, values))
+
+
+def _tell(progress: Callable[[str], None], label: str, text: str) -> None:
+    progress(f"{label}: {text}")
 
 
 def timed(rows: Sequence[Row]) -> list[Row]:
@@ -160,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             )  # fmt: skip
     finally:
         price.close()
-    show(starting_values(CONSTANTS, rows), found, Console())
+    show(found, Console())
     if args.json:
         document = as_json(found)
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -188,15 +180,15 @@ def as_json(folds: Sequence[Fold]) -> dict[str, Any]:
     }
 
 
-def show(start: Values, folds: Sequence[Fold], console: Console) -> None:
+def show(folds: Sequence[Fold], console: Console) -> None:
     """The constants, and the errors of every fold."""
     everything, *others = folds
-    table = Table("constant", "before", "fitted", "in folds", "meaning", title="Constants")
+    table = Table("constant", "start", "fitted", "in folds", "meaning", title="Constants")
     for constant in CONSTANTS:
         values = [fold.values[constant.name] for fold in others]
         span = f"{min(values):.3g} .. {max(values):.3g}" if values else ""
         table.add_row(
-            constant.name, f"{start[constant.name]:.3g}", f"{everything.values[constant.name]:.3g}",
+            constant.name, f"{constant.start:.3g}", f"{everything.values[constant.name]:.3g}",
             span, constant.meaning,
         )  # fmt: skip
     console.print(table)

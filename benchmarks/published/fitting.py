@@ -4,13 +4,14 @@ The logarithm of a predicted time is close to linear in the logarithms of the co
 is a sequence of linear programs: each minimises the sum of absolute errors of the linearised
 predictions within a trust region, which grows after a step that helped and shrinks after one that
 did not (sequential linear programming; Nocedal & Wright 2006, "Numerical Optimization", sections 4
-and 18). Absolute errors, because a few rows are off for reasons that no constant can mend.
+and 18). Slopes are those at the start throughout, the dear part, which all fits from there share.
+Absolute errors, because a few rows are off for reasons that no constant can mend.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ DIFFERENCE = math.log(1.05)
 """The step of a constant by which predictions are linearised."""
 FIRST_TRUST, LAST_TRUST = 0.4, 0.02
 """How far a step may change the logarithm of a constant, at first, and when the fit ends."""
-MOST_STEPS = 8
+MOST_STEPS = 6
 WORTH_A_STEP = 1e-3
 
 Values = dict[str, float]
@@ -39,7 +40,6 @@ def loss(errors: Errors, weights: Errors) -> float:
 
 def fitted(
     constants: Sequence[Constant],
-    start: Mapping[str, float],
     errors_of: Callable[[Values], Errors],
     weights: Errors,
     progress: Callable[[str], None] = lambda text: None,
@@ -47,10 +47,9 @@ def fitted(
     """Values within the constants' limits that make the loss small.
 
     Args:
-        start: a value of every constant.
         errors_of: the errors of the same rows under any values.
     """
-    best = {c.name: min(c.high, max(c.low, start[c.name])) for c in constants}
+    best = {c.name: c.start for c in constants}
     errors = errors_of(best)
     trust, slopes = FIRST_TRUST, _slopes(constants, best, errors, errors_of)
     for step in range(MOST_STEPS):
@@ -64,7 +63,6 @@ def fitted(
                 break
             continue
         best, errors, trust = trial, found, min(2 * trust, FIRST_TRUST)
-        slopes = _slopes(constants, best, errors, errors_of)
     return best
 
 
