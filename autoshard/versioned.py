@@ -445,7 +445,8 @@ class StageTimes:
     """Seconds of one stage.
 
     Attributes:
-        send_s: of one micro-batch to the next stage; its gradient takes as long back.
+        send_s: of one micro-batch to the next stage; its gradient takes as long back. A rank of the
+            narrower of the two stages sends and receives one after the other.
         update_s: of the replicas' reduction, as far as nothing hides it, and of the optimizer.
     """
 
@@ -463,6 +464,16 @@ def simulate(rules: Rules, stages: Sequence[StageTimes], steps: int) -> Mapping[
     """
     free = dict.fromkeys(range(rules.num_ranks), 0.0)
     done: dict[tuple[int, What, int], float] = {}
+    lines: dict[tuple[int, What, int], float] = {}  # when a message of a boundary can go next
+
+    def arrival_s(boundary: int, what: What, micro_batch: int) -> float:
+        """Of what the action before this one has sent, over the boundary after a stage."""
+        source = boundary if what == "F" else boundary + 1
+        line = (boundary, what, micro_batch % min(rules.replicas[boundary : boundary + 2]))
+        begun_s = max(done[source, what, micro_batch], lines.get(line, 0.0))
+        lines[line] = begun_s + stages[boundary].send_s
+        return lines[line]
+
     for rank, action in dry_run(rules.unrolled(steps), rules).order:
         stage, own = action.stage, stages[action.stage]
         if action.what == "S":
@@ -473,9 +484,9 @@ def simulate(rules: Rules, stages: Sequence[StageTimes], steps: int) -> Mapping[
             continue
         key, before = (stage, action.what, action.micro_batch), 0.0
         if action.what == "F" and stage:
-            before = done[stage - 1, "F", action.micro_batch] + stages[stage - 1].send_s
+            before = arrival_s(stage - 1, "F", action.micro_batch)
         elif action.what == "B" and stage < rules.num_stages - 1:
-            before = done[stage + 1, "B", action.micro_batch] + own.send_s
+            before = arrival_s(stage, "B", action.micro_batch)
         lasts_s = own.forward_s if action.what == "F" else own.backward_s
         free[rank] = done[key] = max(free[rank], before) + lasts_s
     return free

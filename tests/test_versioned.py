@@ -131,6 +131,14 @@ def test_steady_state() -> None:
     assert step_seconds(rules("pipedream", (3, 1), 3), slow) == pytest.approx(12)
 
 
+def test_messages_of_many_replicas_to_one_take_turns() -> None:
+    """15 ranks send to one, whose card takes one message after the other."""
+    times = [StageTimes(forward_s=3, backward_s=6, send_s=1), StageTimes(forward_s=0, backward_s=0)]
+    given = rules("pipedream", (15, 1), 15)
+    assert step_seconds(given, times) == pytest.approx(15)
+    assert step_seconds(rules("pipedream", (5, 1), 5), times) == pytest.approx(9)
+
+
 # -- the program ----------------------------------------------------------------------------------
 
 
@@ -274,15 +282,30 @@ def test_bucket_bytes_are_in_the_plan() -> None:
     assert runs.setup("chain", dp=4, bucket_bytes=1000).plan.bucket_bytes == 1000
 
 
-def test_vgg16_gains_on_slow_links() -> None:
-    """The planner finds the published 3-1, convolutions apart from linear layers, with a gain over
-    data parallelism within the published range (1.46 to 5.28 times; PipeDream, table 1)."""
+@pytest.mark.parametrize(
+    ("gigabits", "world_size", "per_node", "replicas", "published"),
+    [
+        (10.0, 4, 1, (3, 1), (1.46, 5.28)),
+        (10.0, 16, 4, (15, 1), (0.85 * 5.28, 1.15 * 5.28)),
+        (25.0, 16, 8, (15, 1), (0.85 * 2.98, 1.15 * 2.98)),
+    ],
+)
+def test_vgg16_gains_on_slow_links(
+    gigabits: float,
+    world_size: int,
+    per_node: int,
+    replicas: tuple[int, ...],
+    published: tuple[float, float],
+) -> None:
+    """The planner finds the published splits, linear layers apart from most convolutions, and
+    about the published gain over data parallelism (PipeDream, table 1: 5.28 on 4 x 4 V100 with 10
+    Gb/s, 2.98 on 2 x 8 with 25 Gb/s; 1.46 to 5.28 over all models)."""
     from benchmarks.asynchronous import gain
 
-    factor, plan = gain(10.0, world_size=4, per_node=1)
-    assert plan.replicas == (3, 1)
+    factor, plan = gain(gigabits, world_size, per_node)
+    assert plan.replicas == replicas
     paths = [[segment.path for segment in stage.segments] for stage in plan.stages]
     assert any("features" in path for path in paths[0])
     assert not any("classifier" in path for path in paths[0])
-    assert "classifier" in paths[1][-2]
-    assert 1.46 <= factor <= 5.28
+    assert [path for path in paths[1] if "classifier" in path][-1] == paths[1][-1]
+    assert published[0] <= factor <= published[1]

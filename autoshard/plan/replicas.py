@@ -8,7 +8,12 @@ PipeDream's program (Narayanan et al. 2019, section 3.1), from the last segment 
 where ``T(i, j, r) = (forward and backward of i..j-1 + their update per micro-batch) / r``, the
 update being the reduction over ``r`` ranks, as far as nothing hides it, and the optimizer. A stage
 that does not fit in memory takes infinitely long: its replicas hold ``ceil(w / r)`` micro-batches
-and, without a flush, as many versions of the weights. Going backwards, ``w`` is known.
+and, without a flush, as many versions of the weights. Going backwards, ``w`` is known. Of the
+micro-batch that runs, a segment needs its workspace beside what the segments before it have saved:
+in backward, those after it have freed theirs.
+
+Replicas take turns, so a message has the whole network card of its node, unless the narrower of the
+two stages has several ranks there: these share it. ``send`` in the program is that of a whole card.
 
 Segments have the least recomputation under which that has a solution, and then each stage the least
 that it needs. The step is simulated (:func:`autoshard.versioned.step_seconds`).
@@ -40,7 +45,8 @@ class Segment:
     Attributes:
         weight_bytes: of its weights, of which there may be versions.
         state_bytes: weights once, gradients and optimizer state.
-        send_s: to hand on what passes a cut after it, one way; infinite if there can be none.
+        send_s: to hand on what passes a cut after it, one way, over a whole network card; infinite
+            if there can be none.
     """
 
     forward_s: float
@@ -104,6 +110,7 @@ class ReplicaProblem:
         stage_bytes: what every stage holds besides.
         replicas: pinned, one number per stage.
         lengths: pinned, segments of every stage.
+        card_ranks: that share a network card.
     """
 
     segments: Sequence[Sequence[Segment]]
@@ -117,6 +124,7 @@ class ReplicaProblem:
     replicas: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     num_stages: int | None = None
+    card_ranks: int = 1
     _updates: dict[int, Floats] = field(default_factory=dict)
 
     def best(self) -> ReplicatedSplit:
@@ -159,8 +167,8 @@ class ReplicaProblem:
             return ReplicatedSplit(reason=str(error))
         in_flight, versions = holds(rules)
         stages = tuple(
-            self._stage(first, end, r, entry, in_flight[s], versions[s])
-            for s, (first, end, r) in enumerate(path)
+            self._stage(first, end, counts[s : s + 2], entry, in_flight[s], versions[s])
+            for s, (first, end, _) in enumerate(path)
         )
         return ReplicatedSplit(
             stages=stages, bottleneck_s=bottleneck_s,
@@ -175,20 +183,33 @@ class ReplicaProblem:
         )  # fmt: skip
 
     def _stage(
-        self, first: int, end: int, replicas: int, most: int, in_flight: int, versions: int
+        self,
+        first: int,
+        end: int,
+        counts: Sequence[int],
+        most: int,
+        in_flight: int,
+        versions: int,
     ) -> ReplicatedStage:
-        """A stage under the first entry up to ``most`` that fits."""
+        """A stage under the first entry up to ``most`` that fits.
+
+        Args:
+            counts: replicas of it and, if there is one, of the stage after it.
+        """
+        replicas = counts[0]
         updates = self.updates(replicas)
         for entry in range(most + 1):
             own = self.segments[entry][first:end]
-            memory = self.stage_bytes + max(s.workspace_bytes for s in own)
+            saved = _sums([s.saved_bytes for s in own])
+            memory = self.stage_bytes + (in_flight - 1) * float(saved[-1])
+            memory += float(np.max(saved[1:] + [s.workspace_bytes for s in own]))
             memory += sum(s.state_bytes + (versions - 1) * s.weight_bytes for s in own)
-            memory += in_flight * sum(s.saved_bytes for s in own)
             if memory <= self.memory_bytes:
                 break
+        sharing = min(*counts, self.card_ranks) if len(counts) > 1 else 0
         times = StageTimes(
             forward_s=sum(s.forward_s for s in own), backward_s=sum(s.backward_s for s in own),
-            send_s=own[-1].send_s if end < len(self.segments[0]) else 0.0,
+            send_s=sharing * own[-1].send_s if sharing else 0.0,
             update_s=float(updates[first:end].sum()),
         )  # fmt: skip
         return ReplicatedStage(
@@ -283,10 +304,11 @@ class _Chain:
         if problem.schedule == "gpipe":
             in_flight = problem.num_micro_batches // r
         versions = {"pipedream": in_flight, "pipedream-2bw": 2}.get(problem.schedule, 1)
-        memory = problem.stage_bytes + np.maximum.accumulate(self._workspace[first:])
-        memory = memory + self._state[first + 1 :] - self._state[first]
+        saved = self._saved[first + 1 :] - self._saved[first]
+        memory = problem.stage_bytes + np.maximum.accumulate(saved + self._workspace[first:])
+        memory += self._state[first + 1 :] - self._state[first]
         memory += (versions - 1) * (self._weights[first + 1 :] - self._weights[first])
-        memory += in_flight * (self._saved[first + 1 :] - self._saved[first])
+        memory += (in_flight - 1) * saved
         has_weights = self._state[first + 1 :] > self._state[first]
         possible = self._ends[first, first:] & (memory <= problem.memory_bytes) & has_weights
         return np.where(possible, busy / r, math.inf)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal
 
-from autoshard.cluster import link
+from autoshard.cluster import Link, link
 from autoshard.cost_models.costs import CostModel
 from autoshard.cost_models.state import StateBytes
 from autoshard.errors import OptionError
@@ -436,6 +436,7 @@ class _Choice:
             stage_bytes=self.problem.stage_bytes,
             replicas=(configuration.workers,) if workers else constraints.replicas,
             lengths=None if pinned is None else tuple(pinned), num_stages=constraints.pp,
+            card_ranks=self._between.levels[-1].members if self._between.levels else 1,
         )  # fmt: skip
         split = problem.best()
         if not split.stages:
@@ -520,10 +521,19 @@ class _Choice:
             send_s=math.inf if inside else self._hop_s(self.cuts[index]),
         )  # fmt: skip
 
-    def _hop_s(self, num_bytes: int) -> float:
+    @property
+    def _between(self) -> Link:
         """To a replica of the next stage: as far as any two of the ranks are apart."""
-        between = link(self.request.cluster, self.configuration.workers)
-        return self.prices.costs.collective("send", num_bytes, between)
+        return link(self.request.cluster, self.configuration.workers)
+
+    def _hop_s(self, num_bytes: int) -> float:
+        """To a replica of the next stage, over a whole network card."""
+        if not self._between.levels:
+            return 0.0
+        *inner, last = self._between.levels
+        card = replace(last, bytes_per_s=last.bytes_per_s * last.members)
+        whole = replace(self._between, levels=(*inner, card))
+        return self.prices.costs.collective("send", num_bytes, whole)
 
     def _replicated_update(self, index: int, replicas: int) -> tuple[float, float]:
         """Seconds of a reduction over the replicas of a stage and of the optimizer.
