@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,8 +45,9 @@ class Segment:
     Attributes:
         weight_bytes: of its weights, of which there may be versions.
         state_bytes: weights once, gradients and optimizer state.
-        send_s: to hand on what passes a cut after it, one way, over a whole network card; infinite
-            if there can be none.
+        send_s: to hand on what passes a cut after it, one way, over a whole network card.
+        tied: names of weights that other segments use too.
+        parts_ties: a cut after it has a tied weight on both sides.
     """
 
     forward_s: float
@@ -56,6 +57,8 @@ class Segment:
     weight_bytes: float = 0.0
     state_bytes: float = 0.0
     send_s: float = 0.0
+    tied: tuple[str, ...] = ()
+    parts_ties: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +94,7 @@ class ReplicatedSplit:
     step_s: float = math.inf
     bottleneck_s: float = math.inf
     missing_bytes: float = math.inf
-    reason: str = (
-        "no cut into stages with parameters goes with the pins, keeps tied weights in one stage "
-        "and fits in memory"
-    )
+    reason: str = "no cut into stages with parameters goes with the pins and fits in memory"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,13 +157,27 @@ class ReplicaProblem:
         yield from itertools.islice(deals, MOST_COMPOSITIONS)
 
     def _split(self, entry: int, replicas: tuple[int, ...] | None) -> ReplicatedSplit:
-        path, bottleneck_s = _Chain(self, entry, replicas).path()
+        found = self._split_at(_Chain(self, entry, replicas, part_ties=True).path(), entry)
+        if found.stages or not any(s.parts_ties for s in self.segments[entry]):
+            return found
+        whole = self._split_at(_Chain(self, entry, replicas, part_ties=False).path(), entry)
+        return whole if whole.stages else found
+
+    def _split_at(
+        self, chosen: tuple[list[tuple[int, int, int]], float], entry: int
+    ) -> ReplicatedSplit:
+        """The stages of a path through the program."""
+        path, bottleneck_s = chosen
         if not path:
             return ReplicatedSplit()
         counts = tuple(r for _, _, r in path)
+        names = [
+            sorted({name for segment in self.segments[entry][first:end] for name in segment.tied})
+            for first, end, _ in path
+        ]
         try:
-            rules = self._rules(counts)
-        except OptionError as error:  # too few micro-batches for two versions of the weights
+            rules = self._rules(counts, tied_pairs(names))
+        except OptionError as error:  # ties, or too few micro-batches for two versions
             return ReplicatedSplit(reason=str(error))
         in_flight, versions = holds(rules)
         stages = tuple(
@@ -176,10 +190,10 @@ class ReplicaProblem:
             missing_bytes=max(s.memory_bytes for s in stages) - self.memory_bytes,
         )  # fmt: skip
 
-    def _rules(self, replicas: tuple[int, ...]) -> Rules:
+    def _rules(self, replicas: tuple[int, ...], ties: tuple[tuple[int, int], ...]) -> Rules:
         return Rules(
             schedule=self.schedule, replicas=replicas, num_micro_batches=self.num_micro_batches,
-            vertical_sync=self.vertical_sync,
+            vertical_sync=self.vertical_sync, ties=ties,
         )  # fmt: skip
 
     def _stage(
@@ -231,7 +245,12 @@ class _Chain:
     """The program for one recompute entry."""
 
     def __init__(
-        self, problem: ReplicaProblem, entry: int, replicas: tuple[int, ...] | None
+        self,
+        problem: ReplicaProblem,
+        entry: int,
+        replicas: tuple[int, ...] | None,
+        *,
+        part_ties: bool,
     ) -> None:
         self._problem = problem
         own = problem.segments[entry]
@@ -247,6 +266,8 @@ class _Chain:
         )
         self._workspace = np.array([s.workspace_bytes for s in own])
         self._sends = np.array([2 * s.send_s for s in own[:-1]] + [0.0])
+        if not part_ties:
+            self._sends[[s.parts_ties for s in own]] = math.inf
         self._ends = np.ones((self._count, self._count), dtype=bool)
         self._allow_pinned()
         # Ranks that are left tell the stage, and so the replicas that were pinned for it.
@@ -312,6 +333,22 @@ class _Chain:
         has_weights = self._state[first + 1 :] > self._state[first]
         possible = self._ends[first, first:] & (memory <= problem.memory_bytes) & has_weights
         return np.where(possible, busy / r, math.inf)
+
+
+def tied_pairs(names: Sequence[Collection[str]]) -> tuple[tuple[int, int], ...]:
+    """The owner of each weight that several stages use, and each other stage that does.
+
+    Args:
+        names: of the weights of each stage.
+    """
+    owners: dict[str, int] = {}
+    pairs = {
+        (owner, stage)
+        for stage, own in enumerate(names)
+        for name in own
+        if (owner := owners.setdefault(name, stage)) != stage
+    }
+    return tuple(sorted(pairs))
 
 
 def _sums(values: Sequence[float] | Floats) -> Floats:

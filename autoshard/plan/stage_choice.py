@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from autoshard.options import ASYNCHRONOUS
 from autoshard.plan.class_costs import ClassCosts
 from autoshard.plan.plan import Assignment, Mesh
 from autoshard.plan.recompute import MenuEntry
-from autoshard.plan.replicas import ReplicaProblem, ReplicatedSplit, Segment
+from autoshard.plan.replicas import ReplicaProblem, ReplicatedSplit, Segment, tied_pairs
 from autoshard.plan.request import Request
 from autoshard.plan.scheduled_stages import (
     Counts,
@@ -115,7 +114,7 @@ class StagedPlan:
         if c.schedule == "none":  # workers of their own
             step_s = without_s = busy_s[slowest]
         else:
-            rules = replica_rules(c, self.vertical_sync)
+            rules = replica_rules(c, self.vertical_sync, self.ties)
             times = [
                 StageTimes(
                     forward_s=s.forward_s, backward_s=s.backward_s, send_s=s.send_s,
@@ -128,6 +127,15 @@ class StagedPlan:
         return PipelineSeconds(
             step_s=step_s, sends_s=max(0.0, step_s - without_s), slowest=slowest,
             busy_s=busy_s[slowest] - sum(self.tails[slowest]),
+        )  # fmt: skip
+
+    @property
+    def ties(self) -> tuple[tuple[int, int], ...]:
+        """Of stages that are replicated one by one: owners of weights, and others that use them."""
+        segments = self.program.segments
+        return tied_pairs(
+            [{name for index, _ in stage for name in segments[index].parameters}
+             for stage in self.stages]
         )  # fmt: skip
 
     @property
@@ -169,11 +177,14 @@ class Beaten:
     unhindered: bool
 
 
-def replica_rules(configuration: Configuration, vertical_sync: bool) -> Rules:
+def replica_rules(
+    configuration: Configuration, vertical_sync: bool, ties: tuple[tuple[int, int], ...] = ()
+) -> Rules:
     """What the ranks of a configuration with replicated stages do."""
     return Rules(
         schedule=configuration.schedule, replicas=configuration.replicas,
         num_micro_batches=configuration.num_micro_batches, vertical_sync=vertical_sync,
+        ties=ties,
     )  # fmt: skip
 
 
@@ -511,15 +522,27 @@ class _Choice:
         layer, menu = self._layer(index), self._menu(self._layer(index))
         prices = self.prices_over(1)
         own = prices.choice(layer, menu[min(entry, len(menu) - 1)])
-        kinds = self._all_types(index)
-        inside = any(min(users) <= index < max(users) for users in self.tied.values())
+        kinds, tied = self._all_types(index), self._tied_of(index)
+        owned = [t for name in tied if (t := self._tied_type(name)) is not None]
+        later = owned if index not in {self.tied[name][0] for name in tied} else []
+        copies = 2.0 * sum(t.nbytes for t in later if not self._whole)
         return Segment(
             forward_s=own.forward_s, backward_s=own.backward_s, saved_bytes=own.saved_bytes,
             workspace_bytes=float(layer.workspace_bytes),
-            weight_bytes=float(sum(t.nbytes for t in kinds)),
-            state_bytes=float(prices.state(kinds).total + layer.buffer_bytes),
-            send_s=math.inf if inside else self._hop_s(self.cuts[index]),
+            weight_bytes=float(sum(t.nbytes for t in kinds)) + copies / 2,
+            state_bytes=float(prices.state(kinds).total + layer.buffer_bytes) + copies,
+            send_s=self._hop_s(self.cuts[index]), tied=tied,
+            parts_ties=any(min(users) <= index < max(users) for users in self.tied.values()),
         )  # fmt: skip
+
+    @property
+    def _whole(self) -> bool:
+        """Every rank has the whole model."""
+        return self.configuration.data_parallel[0] in ASYNCHRONOUS
+
+    def _tied_of(self, index: int) -> tuple[str, ...]:
+        """Names of a segment's weights that others use too."""
+        return tuple(sorted(name for name, users in self.tied.items() if index in users))
 
     @property
     def _between(self) -> Link:

@@ -38,6 +38,7 @@ from autoshard.runtime.mesh import DEFAULT_TIMEOUT, Mesh
 from autoshard.runtime.parameters import declared
 from autoshard.runtime.pipeline import TransferError
 from autoshard.runtime.random import make_key
+from autoshard.runtime.replicated_ties import ReplicatedTies
 from autoshard.runtime.weight_versions import WeightVersions
 from autoshard.versioned import Action, Rules, dry_run
 
@@ -52,6 +53,7 @@ class Place:
     Attributes:
         forward, backward, losses: groups of all ranks, one for each kind of message.
         replicas: the ranks of this stage; ``None`` if there is one.
+        timeout: of all groups.
     """
 
     rules: Rules
@@ -60,6 +62,7 @@ class Place:
     backward: dist.ProcessGroup
     losses: dist.ProcessGroup
     replicas: dist.ProcessGroup | None
+    timeout: timedelta = DEFAULT_TIMEOUT
 
     @staticmethod
     def create(rules: Rules, timeout: timedelta = DEFAULT_TIMEOUT) -> Place:
@@ -75,7 +78,7 @@ class Place:
             if count > 1:
                 group = dist.new_group(list(rules.ranks_of(stage)), timeout=timeout)
                 replicas = group if rank in rules.ranks_of(stage) else replicas
-        return Place(rules, rank, forward, backward, losses, replicas)
+        return Place(rules, rank, forward, backward, losses, replicas, timeout)
 
     @property
     def stage(self) -> int:
@@ -128,16 +131,20 @@ class ReplicatedEngine:
         config: EngineConfig,
         optimizer: str | optimizers.OptimizerFactory = "adamw",
     ) -> None:
+        self._ties = ReplicatedTies.between_stages(stage, place)
+        self.place = place = self._ties.place
         rules = place.rules
         dry_run(rules.unrolled(_STEPS_CHECKED), rules)
-        self.place, self.config, self.mesh = place, config, place.mesh
+        self.config, self.mesh = config, place.mesh
         self.device = next((p.device for p in stage.parameters()), torch.device("cpu"))
         self.step_number = 0
         self.max_norm: float | None = None
         self.set_max_norm(config.max_norm)
         self._versions = WeightVersions(stage)
         self._reductions: dict[nn.Module, Replicated] = {}
-        self.slots = tuple(_slots(stage, counted=place.rank == rules.ranks_of(place.stage)[0]))
+        counted = place.rank == rules.ranks_of(place.stage)[0]
+        slots = tuple(_slots(stage, counted=counted))
+        self.slots = tuple(s for s in slots if s.name not in self._ties.taken)
         self.optimizer = optimizers.build(optimizer, [s.local for s in self.slots], split=False)
         self.scheduler: LRScheduler | None = None
         self.scheduler_state: dict[str, Any] | None = None
@@ -256,9 +263,18 @@ class ReplicatedEngine:
         """The pipeline is: versions and micro-batches count from 0 again."""
         self._wire.finish()
         self._losses.finish()
+        self._ties.finish(self.module, self._versions.newest)
         self._versions.restart()
+        if self.place.rules.stale and self.place.replicas is not None:
+            self._share_buffers(self.place.replicas)
         self._fed = 0
         self._next_forward = self.place.rank - self.place.rules.ranks_of(self.place.stage)[0]
+
+    def _share_buffers(self, replicas: dist.ProcessGroup) -> None:
+        """Running statistics become those of the first replica, as in DDP."""
+        with self.place.waiting(f"the other ranks of stage {self.place.stage}"):
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, group=replicas, group_src=0)
 
     def _perform(self, actions: Iterable[Action]) -> None:
         """Run actions in order; what the next one waits for is received meanwhile."""
@@ -321,6 +337,7 @@ class ReplicatedEngine:
         that it used: the micro-batches of one update and rank have all met the same one."""
         rules, stage = self.place.rules, action.stage
         source = self._versions.module(self._last_used)
+        self._ties.sum_gradients(source)
         gradients = [slot.holder.grad for slot in _slots_of(self.slots, source)]
         self._weigh(gradients)
         flying = [flight.version for flight in self._flying.values()]
@@ -332,6 +349,8 @@ class ReplicatedEngine:
             slot.local.data = slot.holder.data
             slot.local.grad = gradient
         self.optimizer.step()
+        self._ties.give(module)
+        self._ties.take(module, action.version)
         for slot in self.slots:
             slot.local.grad = None
         if rules.stale:
