@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,8 @@ class Segment:
         weight_bytes: of its weights, of which there may be versions.
         state_bytes: weights once, gradients and optimizer state.
         send_s: to hand on what passes a cut after it, one way, over a whole network card.
-        tied: names of weights that other segments use too.
+        tied: weights that other segments use too: name -> seconds to send one, one way, over a
+            whole network card.
         parts_ties: a cut after it has a tied weight on both sides.
     """
 
@@ -57,7 +58,7 @@ class Segment:
     weight_bytes: float = 0.0
     state_bytes: float = 0.0
     send_s: float = 0.0
-    tied: tuple[str, ...] = ()
+    tied: Mapping[str, float] = field(default_factory=dict)
     parts_ties: bool = False
 
 
@@ -171,18 +172,22 @@ class ReplicaProblem:
         if not path:
             return ReplicatedSplit()
         counts = tuple(r for _, _, r in path)
-        names = [
-            sorted({name for segment in self.segments[entry][first:end] for name in segment.tied})
-            for first, end, _ in path
+        tied = [
+            {n: s for segment in self.segments[entry][a:b] for n, s in segment.tied.items()}
+            for a, b, _ in path
         ]
         try:
-            rules = self._rules(counts, tied_pairs(names))
+            rules = self._rules(counts, tied_pairs(tied))
         except OptionError as error:  # ties, or too few micro-batches for two versions
             return ReplicatedSplit(reason=str(error))
         in_flight, versions = holds(rules)
         stages = tuple(
             self._stage(first, end, counts[s : s + 2], entry, in_flight[s], versions[s])
             for s, (first, end, _) in enumerate(path)
+        )
+        stages = tuple(
+            _with_ties(stage, own, tied[:s])
+            for s, (stage, own) in enumerate(zip(stages, tied, strict=True))
         )
         return ReplicatedSplit(
             stages=stages, bottleneck_s=bottleneck_s,
@@ -333,6 +338,16 @@ class _Chain:
         has_weights = self._state[first + 1 :] > self._state[first]
         possible = self._ends[first, first:] & (memory <= problem.memory_bytes) & has_weights
         return np.where(possible, busy / r, math.inf)
+
+
+def _with_ties(
+    stage: ReplicatedStage, own: Mapping[str, float], before: Sequence[Mapping[str, float]]
+) -> ReplicatedStage:
+    """A stage whose updates send gradients to the owners of its weights and take these."""
+    owned = {name for names in before for name in names}
+    moved_s = 2 * sum(seconds for name, seconds in own.items() if name in owned)
+    times = replace(stage.times, update_s=stage.times.update_s + moved_s)
+    return replace(stage, times=times)
 
 
 def tied_pairs(names: Sequence[Collection[str]]) -> tuple[tuple[int, int], ...]:

@@ -132,11 +132,12 @@ class StagedPlan:
     @property
     def ties(self) -> tuple[tuple[int, int], ...]:
         """Of stages that are replicated one by one: owners of weights, and others that use them."""
-        segments = self.program.segments
-        return tied_pairs(
-            [{name for index, _ in stage for name in segments[index].parameters}
-             for stage in self.stages]
-        )  # fmt: skip
+
+        def trained(index: int) -> set[str]:
+            bindings = self.program.segments[index].bindings
+            return {bindings[port] for port in self.class_of(index).parameters}
+
+        return tied_pairs([set().union(*(trained(i) for i, _ in own)) for own in self.stages])
 
     @property
     def recomputes(self) -> bool:
@@ -477,8 +478,9 @@ class _Choice:
                 if configuration.schedule in ("pipedream", "none")
                 else configuration.num_micro_batches
             )
-            pairs = [self._replicated_update(index, stage.replicas) for index in own]
-            tails.append((updates * sum(p[0] for p in pairs), updates * sum(p[1] for p in pairs)))
+            optimizer_s = sum(self._replicated_update(i, stage.replicas)[1] for i in own)
+            reduction_s = stage.times.update_s - optimizer_s  # and what ties move
+            tails.append((updates * reduction_s, updates * optimizer_s))
             choices.append(
                 StageChoice(
                     counts={}, forward_s=stage.times.forward_s, backward_s=stage.times.backward_s,
@@ -523,15 +525,15 @@ class _Choice:
         prices = self.prices_over(1)
         own = prices.choice(layer, menu[min(entry, len(menu) - 1)])
         kinds, tied = self._all_types(index), self._tied_of(index)
-        owned = [t for name in tied if (t := self._tied_type(name)) is not None]
-        later = owned if index not in {self.tied[name][0] for name in tied} else []
-        copies = 2.0 * sum(t.nbytes for t in later if not self._whole)
+        again = {n: t for n, t in tied.items() if self.tied[n][0] != index and not self._whole}
+        copies = float(sum(t.nbytes for t in again.values()))
         return Segment(
             forward_s=own.forward_s, backward_s=own.backward_s, saved_bytes=own.saved_bytes,
             workspace_bytes=float(layer.workspace_bytes),
-            weight_bytes=float(sum(t.nbytes for t in kinds)) + copies / 2,
-            state_bytes=float(prices.state(kinds).total + layer.buffer_bytes) + copies,
-            send_s=self._hop_s(self.cuts[index]), tied=tied,
+            weight_bytes=float(sum(t.nbytes for t in kinds)) + copies,
+            state_bytes=float(prices.state(kinds).total + layer.buffer_bytes) + 2 * copies,
+            send_s=self._hop_s(self.cuts[index]),
+            tied={name: self._hop_s(kind.nbytes) for name, kind in tied.items()},
             parts_ties=any(min(users) <= index < max(users) for users in self.tied.values()),
         )  # fmt: skip
 
@@ -540,9 +542,10 @@ class _Choice:
         """Every rank has the whole model."""
         return self.configuration.data_parallel[0] in ASYNCHRONOUS
 
-    def _tied_of(self, index: int) -> tuple[str, ...]:
-        """Names of a segment's weights that others use too."""
-        return tuple(sorted(name for name, users in self.tied.items() if index in users))
+    def _tied_of(self, index: int) -> dict[str, TensorType]:
+        """A segment's trained weights that others use too."""
+        names = sorted(name for name, users in self.tied.items() if index in users)
+        return {name: t for name in names if (t := self._tied_type(name)) is not None}
 
     @property
     def _between(self) -> Link:
