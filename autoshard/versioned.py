@@ -16,6 +16,13 @@ of the stage sum their gradients and step to that version. The rules of the sche
 | ... with vertical sync | never | micro-batch of each replica | of the input stage's age |
 | ``pipedream-2bw`` | never | step of ``M`` micro-batches | ``max(0, i div M - 1)`` |
 
+A weight that is tied between stages belongs to the first of them, its owner, which makes its
+updates from the gradients of all: the others send theirs and take the new weights. So it has one
+version per micro-batch wherever it is used, the owner's, and that is as old as the owner's weights
+are. Under ``pipedream`` a stage that has fewer micro-batches in flight than the owner takes a
+weight so many updates later (:meth:`Rules.tie_lag`); there the stages of a tie need equal numbers
+of replicas, and none can be under vertical sync.
+
 Here ``r`` is the number of replicas and ``w`` the micro-batches that one of them has in flight,
 ``ceil(ranks from this stage on / r)``. (Narayanan et al. 2019, "PipeDream", sections 3.2 and 3.3;
 Narayanan et al. 2020, "Memory-efficient pipeline-parallel DNN training", section 3.1.)
@@ -110,6 +117,7 @@ class Rules:
         replicas: ranks of every stage.
         num_micro_batches: ``M``, that a step feeds; a multiple of every number of replicas.
         vertical_sync: a micro-batch meets weights of the same age in all stages (``pipedream``).
+        ties: pairs of a stage that owns a weight and a later one that uses it too.
 
     Raises:
         OptionError: the schedule cannot run so.
@@ -119,9 +127,12 @@ class Rules:
     replicas: tuple[int, ...]
     num_micro_batches: int
     vertical_sync: bool = False
+    ties: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         m = self.num_micro_batches
+        if self.schedule == "pipedream":
+            self._check_ties()
         if self.schedule not in SCHEDULES:
             raise OptionError(
                 f"expected a schedule that can have uneven replicas ({', '.join(SCHEDULES)}) but "
@@ -146,6 +157,22 @@ class Rules:
                     f"the weights are enough for replicas {self.replicas}, but got {m}; choose a "
                     "smaller micro-batch, fewer stages or a larger global batch"
                 )
+
+    def _check_ties(self) -> None:
+        for owner, other in self.ties:
+            if self.vertical_sync or self.replicas[owner] != self.replicas[other]:
+                raise OptionError(
+                    f"expected weights that are tied between stages {owner} and {other} to have "
+                    f"equal numbers of replicas there and no vertical sync under 'pipedream' but "
+                    f"got replicas {self.replicas}, vertical_sync={self.vertical_sync}; choose "
+                    "such replicas, pipedream-2bw or a schedule with a flush"
+                )
+
+    def tie_lag(self, owner: int, other: int) -> int:
+        """Updates by which a stage takes a tied weight later than its owner makes it."""
+        if self.schedule != "pipedream":
+            return 0
+        return self.in_flight(owner) - self.in_flight(other)
 
     @property
     def stale(self) -> bool:
@@ -205,10 +232,13 @@ class Rules:
         """Per stage the updates between the weights that a gradient is of and those it changes."""
         late = 4 * self.num_micro_batches * (1 + self.num_ranks)
         span = range(late, late + 2 * self.num_micro_batches)
-        return tuple(
+        found = [
             max(i // self.per_update(s) - self.version(s, i) for i in span)
             for s in range(self.num_stages)
-        )
+        ]
+        for owner, other in self.ties:
+            found[other] = max(found[other], found[owner])
+        return tuple(found)
 
     @property
     def delay(self) -> int:
@@ -357,7 +387,13 @@ class _DryRun:
             return stage == 0 or (stage - 1, "F", action.micro_batch) in self._done
         if action.what == "B":
             return stage == last or (stage + 1, "B", action.micro_batch) in self._done
-        return all(
+        rules = self._rules
+        owners = (
+            (owner, "S", action.version - rules.tie_lag(owner, stage))
+            for owner, other in rules.ties
+            if other == stage
+        )
+        return all(made[2] < 1 or made in self._done for made in owners) and all(
             self._ranks[r][self._next[r] : self._next[r] + 1] == (action,)
             for r in self._peers(rank)
         )
@@ -402,8 +438,8 @@ class _DryRun:
             del held[action.micro_batch]
         else:
             self._newest[rank] = action.version
-        if action.what != "S":
-            self._done.add((action.stage, action.what, action.micro_batch))
+        number = action.version if action.what == "S" else action.micro_batch
+        self._done.add((action.stage, action.what, number))
         self._next[rank] += 1
         oldest = self._oldest_used[rank][self._next[rank]]
         kept = self._newest[rank] - min(oldest, self._newest[rank]) + 1
@@ -445,7 +481,8 @@ class StageTimes:
     """Seconds of one stage.
 
     Attributes:
-        send_s: of one micro-batch to the next stage; its gradient takes as long back.
+        send_s: of one micro-batch to the next stage; its gradient takes as long back. A rank of the
+            narrower of the two stages sends and receives one after the other.
         update_s: of the replicas' reduction, as far as nothing hides it, and of the optimizer.
     """
 
@@ -463,19 +500,35 @@ def simulate(rules: Rules, stages: Sequence[StageTimes], steps: int) -> Mapping[
     """
     free = dict.fromkeys(range(rules.num_ranks), 0.0)
     done: dict[tuple[int, What, int], float] = {}
+    lines: dict[tuple[int, What, int], float] = {}  # when a message of a boundary can go next
+
+    def arrival_s(boundary: int, what: What, micro_batch: int) -> float:
+        """Of what the action before this one has sent, over the boundary after a stage."""
+        source = boundary if what == "F" else boundary + 1
+        line = (boundary, what, micro_batch % min(rules.replicas[boundary : boundary + 2]))
+        begun_s = max(done[source, what, micro_batch], lines.get(line, 0.0))
+        lines[line] = begun_s + stages[boundary].send_s
+        return lines[line]
+
     for rank, action in dry_run(rules.unrolled(steps), rules).order:
         stage, own = action.stage, stages[action.stage]
         if action.what == "S":
             replicas = rules.ranks_of(stage)
             if rank == replicas[0]:
-                end_s = max(free[r] for r in replicas) + own.update_s
+                owned_s = (
+                    done.get((owner, "S", action.version - rules.tie_lag(owner, stage)), 0.0)
+                    for owner, other in rules.ties
+                    if other == stage
+                )
+                end_s = max((*owned_s, *(free[r] for r in replicas))) + own.update_s
                 free.update(dict.fromkeys(replicas, end_s))
+                done[stage, "S", action.version] = end_s
             continue
         key, before = (stage, action.what, action.micro_batch), 0.0
         if action.what == "F" and stage:
-            before = done[stage - 1, "F", action.micro_batch] + stages[stage - 1].send_s
+            before = arrival_s(stage - 1, "F", action.micro_batch)
         elif action.what == "B" and stage < rules.num_stages - 1:
-            before = done[stage + 1, "B", action.micro_batch] + own.send_s
+            before = arrival_s(stage, "B", action.micro_batch)
         lasts_s = own.forward_s if action.what == "F" else own.backward_s
         free[rank] = done[key] = max(free[rank], before) + lasts_s
     return free

@@ -83,12 +83,14 @@ def op_cost(op: Op, device: Device) -> OpCost:
 def work_cost(work: Work, device: Device) -> OpCost:
     """What work costs, of an op alone or of its share in a fused kernel."""
     peak = peak_flops(device, work.dtype)
+    forward, backward = work.forward, work.backward
+    choices = [(forward, backward)]
     if device.num_units and work.dtype in _ON_VECTOR_UNITS:
         device = _vector_units(device)
-    forward, backward = work.forward, work.backward
+        choices += [work.transformed] if work.transformed else []
     return OpCost(
-        way_s(forward, device, peak, work.unit),
-        way_s(backward, device, peak, work.unit),
+        min(way_s(way, device, peak, work.unit) for way, _ in choices),
+        min(way_s(way, device, peak, work.unit) for _, way in choices),
         forward.flops + sum(p.flops for p in forward.products),
         backward.flops + sum(p.flops for p in backward.products),
     )

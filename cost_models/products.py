@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from autoshard.ir import Op, Value
+from autoshard.placement.named import arguments
 
 
 class Product(NamedTuple):
@@ -47,15 +48,23 @@ class Way(NamedTuple):
 
 
 class Work(NamedTuple):
-    """An op's work; ``unit`` says which of the device's rates its flops run at."""
+    """An op's work; ``unit`` says which of the device's rates its flops run at.
+
+    Attributes:
+        transformed: both ways with fewer multiplications and more traffic, which a GPU may take
+            where it multiplies on vector units; ``None`` if there are none.
+    """
 
     forward: Way
     backward: Way
     dtype: torch.dtype
     unit: str = "matmul"
+    transformed: tuple[Way, Way] | None = None
 
 
 NOTHING = Way()
+_WINOGRAD_TILE, _WINOGRAD_POINTS = 4, 36
+"""Outputs along a side of a tile, and points that a tile of 6 x 6 inputs is transformed to."""
 Operands = tuple[Value, ...]
 Counter = Callable[[Op, Operands], Work]
 
@@ -184,7 +193,46 @@ def _convolution(op: Op, operands: Operands) -> Work:
     else:
         rows = out.numel // max(out_channels, 1)
         product = Product(1, rows, out_channels, in_channels * math.prod(window))
-    return _product_work(op, product, x, w, bias)
+    direct = _product_work(op, product, x, w, bias)
+    return direct._replace(transformed=_winograd(op, x, w, direct))
+
+
+def _winograd(op: Op, x: Value, w: Value, direct: Work) -> tuple[Way, Way] | None:
+    """A 3 x 3 convolution of stride 1 in float32 by minimal filtering, ``F(4 x 4, 3 x 3)``.
+
+    Tiles of inputs and filters are transformed, multiplied point by point, which is 36 products of
+    ``tiles x channels_in`` with ``channels_in x channels_out``, and transformed back: 2.25
+    multiplications per output and pair of channels instead of 9 (Lavin & Gray 2016, "Fast
+    algorithms for convolutional neural networks", section 4). Gradients of inputs and of weights
+    are of the same form. cuDNN transforms in kernels of their own (``WINOGRAD_NONFUSED``), so
+    what passes between them goes through memory.
+    """
+    if not op.target.startswith("aten.conv2d.") or w.type.dtype != torch.float32:
+        return None
+    bound = arguments(op)
+    steps = {1}.union(*(_numbers(bound[name]) for name in ("stride", "dilation", "groups")))
+    if w.type.shape[2:] != (3, 3) or steps != {1}:
+        return None
+    y = op.outputs[0].type
+    out_channels, in_channels = w.type.shape[:2]
+    tiles = y.numel // max(math.prod(y.shape[-3:]), 1)
+    tiles *= math.prod(-(-side // _WINOGRAD_TILE) for side in y.shape[-2:])
+    product = Product(_WINOGRAD_POINTS, tiles, out_channels, in_channels)
+    values = tiles * (in_channels + out_channels) + in_channels * out_channels
+    points = float(_WINOGRAD_POINTS * w.type.dtype.itemsize * values)
+    plain = x.type.nbytes + w.type.nbytes + y.nbytes
+    forward = Way((product,), 0.0, points, 4, points + plain)
+    number = len(direct.backward.products)
+    of_bias = direct.backward.bytes - number * direct.forward.bytes
+    backward = Way(
+        (product,) * number, 0.0, number * points, direct.backward.kernels + 3 * number,
+        number * (points + plain) + of_bias,
+    )  # fmt: skip
+    return forward, backward if number else direct.backward
+
+
+def _numbers(argument: object) -> set[object]:
+    return set(argument) if isinstance(argument, (tuple, list)) else {argument}
 
 
 def _grouped_mm(op: Op, operands: Operands) -> Work:

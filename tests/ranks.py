@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,6 +28,8 @@ from autoshard.runtime.mesh import Mesh, using
 T = TypeVar("T")
 
 _threads_lock = threading.RLock()
+_PRELOADED = ["equivalence", "autoshard.api", "autoshard.runtime.engine"]
+"""Modules that ranks are forked with: they are slow to import."""
 
 
 def run_threads(
@@ -113,12 +115,20 @@ class Pool:
         self._runs = 0
 
     def run(
-        self, function: Callable[..., T], *args: Any, world: int = 4, timeout_s: float = 240
+        self,
+        function: Callable[..., T],
+        *args: Any,
+        world: int = 4,
+        timeout_s: float = 240,
+        killed: int | None = None,
     ) -> list[T]:
         """``function(*args)`` on ``world`` processes; the results by rank.
 
         ``function`` is a function of a module; arguments and results are pickled (tensors by
         value). Inside, ``torch.distributed`` is initialised; the function creates its own mesh.
+
+        Args:
+            killed: a rank whose process ends without an answer; its result is left out.
 
         Raises:
             RankError: with the first failing rank's traceback.
@@ -129,41 +139,44 @@ class Pool:
         self._runs += 1
         for rank in range(world):
             self._tasks[rank].put((self._runs, world, timeout_s, function, args))
+        answering = [rank for rank in range(world) if rank != killed]
         results: dict[int, Any] = {}
         failures: list[tuple[float, int, str]] = []
         try:
-            self._collect(world, time.monotonic() + timeout_s + 5, results, failures)
+            self._collect(answering, time.monotonic() + timeout_s + 5, results, failures)
         finally:
             if len(results) + len(failures) < world:
                 self.close()
         if failures:
             _, rank, text = min(failures)
             raise RankError(f"rank {rank} of {world}:\n{text}")
-        return [results[rank] for rank in range(world)]
+        return [results[rank] for rank in answering]
 
     def _collect(
         self,
-        world: int,
+        answering: Sequence[int],
         deadline: float,
         results: dict[int, Any],
         failures: list[tuple[float, int, str]],
     ) -> None:
         """Fill in what each rank answers; returns early if some failed and the rest is silent."""
-        while len(results) + len(failures) < world:
+        while len(results) + len(failures) < len(answering):
             try:
                 rank, failed_at, failure, result = self._replies.get(timeout=0.5)
             except queue.Empty:
                 if failures:  # the others had time to say that they failed earlier
                     return
-                self._check_alive(world, results, deadline)
+                self._check_alive(answering, results, deadline)
                 continue
             if failure:
                 failures.append((failed_at, rank, failure))
             else:
                 results[rank] = result
 
-    def _check_alive(self, world: int, results: Mapping[int, Any], deadline: float) -> None:
-        missing = [rank for rank in range(world) if rank not in results]
+    def _check_alive(
+        self, answering: Sequence[int], results: Mapping[int, Any], deadline: float
+    ) -> None:
+        world, missing = len(answering), [rank for rank in answering if rank not in results]
         dead = [rank for rank in missing if not self._processes[rank].is_alive()]
         if dead:
             codes = [self._processes[rank].exitcode for rank in dead]
@@ -172,7 +185,8 @@ class Pool:
             raise TimeoutError(f"ranks {missing} of {world} have not answered")
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._replies = context.Queue()
         self._tasks = [context.Queue() for _ in range(self.size)]

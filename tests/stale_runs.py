@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from equivalence import FAST_LINKS, encoded
+import zoo
+from equivalence import FAST_LINKS, encoded, loss_of, uncast
+from equivalence import batches as varied
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
@@ -71,14 +73,20 @@ class SmallVGG16(nn.Module):
 
 
 def build(name: str) -> nn.Module:
-    """``chain`` or ``vgg``; the same on every call."""
+    """``chain``, ``vgg`` or a model of the zoo; the same on every call."""
+    if name not in ("chain", "vgg"):
+        return zoo.build(name)[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return (Chain() if name == "chain" else SmallVGG16()).double()
 
 
 def batches(name: str, count: int) -> list[Batch]:
-    """Global batches, all different."""
+    """Global batches, all different; no target of a language model is left out."""
+    if name not in ("chain", "vgg"):
+        given = cast(Batch, zoo.build(name)[1])
+        whole = {n: t if t.is_floating_point() else t.clamp(min=0) for n, t in given.items()}
+        return cast(list[Batch], varied(whole, count))
     generator = torch.Generator().manual_seed(11)
     shape = (BATCH_SIZE, 8) if name == "chain" else (BATCH_SIZE, 3, 32, 32)
     classes = 5 if name == "chain" else 10
@@ -106,10 +114,12 @@ class Setup:
 
 
 def setup(name: str, world: int = 4, **pins: Any) -> Setup:
-    planned = make_plan(
-        build(name), world_size=world, example_inputs=batches(name, 1)[0], cluster=FAST_LINKS,
-        constraints={"allow_stale": True, **pins},
-    )  # fmt: skip
+    loss = Loss(name)
+    with uncast():
+        planned = make_plan(
+            loss.model, world_size=world, example_inputs=batches(name, 1)[0], loss_fn=loss.loss_fn,
+            cluster=FAST_LINKS, constraints={"allow_stale": True, **pins},
+        )  # fmt: skip
     return Setup(name, planned.program, encoded(planned.plan))
 
 
@@ -126,9 +136,31 @@ def parallel(given: Setup, optimizer: Any = momentum) -> Parallel:
 
 
 def stages_of(given: Setup) -> list[list[str]]:
-    """Names of every stage's parameters."""
-    stages = parallel(given).emitted.manifest["stages"]
-    return [[p["name"] for p in stage["parameters"] if not p["buffer"]] for stage in stages]
+    """Names of every stage's parameters; a tied one is of the first stage that has it."""
+    seen: set[str] = set()
+    stages = []
+    for stage in parallel(given).emitted.manifest["stages"]:
+        names = [p["name"] for p in stage["parameters"] if not p["buffer"]]
+        stages.append([name for name in dict.fromkeys(names) if name not in seen])
+        seen.update(names)
+    return stages
+
+
+class Loss(nn.Module):
+    """The loss of a model on a batch, with its weights given."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model = build(name)
+        self.loss_fn = None if name in ("chain", "vgg") else zoo.build(name)[2]
+
+    def forward(self, batch: Batch) -> Tensor:
+        with uncast():
+            return loss_of(self.model, batch, self.loss_fn)
+
+    def of(self, weights: State, batch: Batch) -> Tensor:
+        named = {f"model.{name}": tensor for name, tensor in weights.items()}
+        return cast(Tensor, functional_call(self, named, (batch,)))
 
 
 def trained(given: Setup, steps: int, optimizer: Any) -> tuple[list[float], list[float], State]:
@@ -181,7 +213,8 @@ class Reference:
         per_update: Sequence[int],
         optimizer: Any,
     ) -> None:
-        self.model = build(given.model)
+        self.loss = Loss(given.model)
+        self.model = self.loss.model
         named = dict(self.model.named_parameters())
         self.names = stages_of(given)
         self.version, self.per_update = version, per_update
@@ -205,7 +238,7 @@ class Reference:
             for s in range(len(self.names))
             for n, t in self.history[s][self.version(s, self.seen)].items()
         }
-        loss = functional_call(self.model, leaves, (batch["x"], batch["labels"]))
+        loss = self.loss.of(leaves, batch)
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         self.losses.append(loss.item())
         self.seen += 1
@@ -229,7 +262,9 @@ class Reference:
 
     @property
     def state(self) -> State:
-        return {n: p.detach().clone() for m in self.masters for n, p in m.items()}
+        """Weights and, as the last forward has left them, buffers."""
+        weights = {n: p.detach().clone() for m in self.masters for n, p in m.items()}
+        return {**{n: b.detach().clone() for n, b in self.model.named_buffers()}, **weights}
 
 
 def micro_batches_of(batch: Batch, count: int) -> Iterator[Batch]:

@@ -62,24 +62,25 @@ def trained(
     given: Setup, optimizer: Any, order: Order | None, bound: int | None
 ) -> tuple[list[float], State, list[tuple[int, int]]]:
     made = engine(given, optimizer, order, bound)
-    losses = [made.step(made.local_batch(b)) for b in runs.batches("chain", STEPS)]
+    losses = [made.step(made.local_batch(b)) for b in runs.batches(given.model, STEPS)]
     state = made.full_state_dict()
     return losses, state, made.engine.order_of_updates
 
 
 def in_order(given: Setup, order: Order, optimizer: Any) -> tuple[dict[int, list[float]], State]:
     """A worker's gradient is of the weights that its own update before has left."""
-    model = runs.build("chain")
+    loss_of = runs.Loss(given.model)
+    model = loss_of.model
     stepped = optimizer(list(model.parameters()))
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     weights = {worker: start for worker in range(WORKERS)}
-    batches = runs.batches("chain", STEPS)
+    batches = runs.batches(given.model, STEPS)
     losses: dict[int, list[float]] = {w: [] for w in range(WORKERS)}
     pairs = [(w, c) for w in range(WORKERS) for c in range(STEPS)]
     for worker, clock in sorted(pairs, key=lambda pair: order(*pair)):
         leaves = {n: t.clone().requires_grad_() for n, t in weights[worker].items()}
         part = list(runs.micro_batches_of(batches[clock], WORKERS))[worker]
-        loss = torch.func.functional_call(model, leaves, (part["x"], part["labels"]))
+        loss = loss_of.of(leaves, part)
         losses[worker].append(loss.item())
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -111,6 +112,18 @@ def test_same_as_one_process_in_that_order(
         assert [order(*made) for made in results[worker][2]] == list(range(WORKERS * STEPS))
     for name, tensor in state.items():
         torch.testing.assert_close(results[0][1][name], tensor, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "t5", "llama", "unet", "resnet"])
+def test_models_in_that_order(model: str, ranks: Pool) -> None:
+    """Batch norm sees each worker's own minibatch."""
+    given = runs.setup(model, **pins_of(None))
+    results = ranks.run(trained, given, runs.adam, rotating_rounds, None)
+    losses, state = in_order(given, rotating_rounds, runs.adam)
+    for worker in range(WORKERS):
+        assert results[worker][0] == pytest.approx(losses[worker], abs=1e-9)
+    for name, tensor in state.items():
+        torch.testing.assert_close(results[0][1][name], tensor, rtol=0, atol=1e-9)
 
 
 class SlowMomentum(torch.optim.SGD):

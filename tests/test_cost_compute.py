@@ -139,6 +139,32 @@ def test_grouped_convolution_meets_only_its_group() -> None:
     assert cost.backward_flops == 2 * cost.forward_flops
 
 
+@pytest.mark.parametrize(
+    ("channels_in", "channels_out", "side", "forward_ms", "backward_ms"),
+    [
+        (128, 128, 112, 22.06, 53.38), (128, 256, 56, 10.81, 18.34), (256, 256, 56, 17.46, 27.02),
+        (256, 512, 28, 9.25, 14.57), (512, 512, 28, 11.78, 28.67), (512, 512, 14, 4.07, 7.40),
+    ],
+)  # fmt: skip
+def test_small_filters_in_float32_take_fewer_multiplications(
+    channels_in: int, channels_out: int, side: int, forward_ms: float, backward_ms: float
+) -> None:
+    """VGG16's convolutions, 128 samples on a V100, as PipeDream's published profile has them: up to
+    2.5 times the rate that the device multiplies and adds at."""
+    shape, dtype = (128, channels_out, side, side), torch.float32
+    x = value("x", 128, channels_in, side, side, dtype=dtype)
+    w = value("w", channels_out, channels_in, 3, 3, dtype=dtype)
+    y = value("y", *shape, dtype=dtype)
+    device = find("v100-16").device
+    cost = op_cost(op("conv2d.default", y, x, w, None, (1, 1), (1, 1)), device)
+    assert 0.6 < 1e3 * cost.forward_s / forward_ms < 1.4
+    assert 0.6 < 1e3 * cost.backward_s / backward_ms < 1.4
+    direct_s = cost.forward_flops / device.flops_per_s["f32"]
+    assert cost.forward_s < direct_s
+    strided = op("conv2d.default", y, x, w, None, (2, 2), (1, 1))
+    assert op_cost(strided, device).forward_s > direct_s
+
+
 def test_causal_attention_is_half_for_long_sequences() -> None:
     def flops(rows: int, causal: bool) -> float:
         q = value("q", 1, 2, rows, 64)

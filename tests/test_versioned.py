@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,52 @@ def test_steady_state() -> None:
     assert step_seconds(rules("pipedream", (3, 1), 3), uneven) == pytest.approx(9)
     slow = [StageTimes(forward_s=3, backward_s=6, update_s=3), uneven[1]]
     assert step_seconds(rules("pipedream", (3, 1), 3), slow) == pytest.approx(12)
+
+
+TIED = [
+    (rules("pipedream", (1, 1, 1, 1), 1, ties=((0, 3),)), (3, 2, 1, 3), 3),
+    (rules("pipedream", (2, 1, 2), 2, ties=((0, 2),)), (2, 2, 2), 2),
+    (rules("pipedream-2bw", (1, 1, 1, 1), 4, ties=((0, 3),)), (1, 1, 1, 1), 0),
+    (rules("pipedream-2bw", (3, 1), 6, ties=((0, 1),)), (1, 1), 0),
+    (rules("1f1b", (2, 1, 1), 4, ties=((0, 1), (0, 2))), (0, 0, 0), 0),
+]
+
+
+@pytest.mark.parametrize(("given", "staleness", "lag"), TIED, ids=str)
+def test_tied_weights_are_as_old_as_their_owner(
+    given: Rules, staleness: tuple[int, ...], lag: int
+) -> None:
+    """The owner's version is used in all stages: one that has fewer micro-batches in flight takes
+    weights so many updates later, and does not wait for them to be made."""
+    assert given.staleness == staleness
+    owner, other = given.ties[-1]
+    assert given.tie_lag(owner, other) == lag
+    dry_run(given.unrolled(5), given)
+    if given.schedule == "pipedream":
+        for i in range(20):
+            used = given.version(other, i)
+            assert max(0, used - lag) == given.version(owner, i)
+
+
+def test_tied_weights_wait_for_their_owner() -> None:
+    """2BW's last stage waits for the first one's backward of a step; PipeDream's goes on."""
+    times = [StageTimes(forward_s=1, backward_s=2)] * 4
+    waits = rules("pipedream-2bw", (1, 1, 1, 1), 4, ties=((0, 3),))
+    assert step_seconds(waits, times) > step_seconds(replace(waits, ties=()), times)
+    goes_on = rules("pipedream", (1, 1, 1, 1), 1, ties=((0, 3),))
+    assert step_seconds(goes_on, times) == pytest.approx(3)
+    with pytest.raises(OptionError, match="equal numbers of replicas"):
+        rules("pipedream", (2, 1), 2, ties=((0, 1),))
+    with pytest.raises(OptionError, match="no vertical sync"):
+        rules("pipedream", (1, 1), 2, ties=((0, 1),), vertical_sync=True)
+
+
+def test_messages_of_many_replicas_to_one_take_turns() -> None:
+    """15 ranks send to one, whose card takes one message after the other."""
+    times = [StageTimes(forward_s=3, backward_s=6, send_s=1), StageTimes(forward_s=0, backward_s=0)]
+    given = rules("pipedream", (15, 1), 15)
+    assert step_seconds(given, times) == pytest.approx(15)
+    assert step_seconds(rules("pipedream", (5, 1), 5), times) == pytest.approx(9)
 
 
 # -- the program ----------------------------------------------------------------------------------
@@ -274,15 +321,30 @@ def test_bucket_bytes_are_in_the_plan() -> None:
     assert runs.setup("chain", dp=4, bucket_bytes=1000).plan.bucket_bytes == 1000
 
 
-def test_vgg16_gains_on_slow_links() -> None:
-    """The planner finds the published 3-1, convolutions apart from linear layers, with a gain over
-    data parallelism within the published range (1.46 to 5.28 times; PipeDream, table 1)."""
+@pytest.mark.parametrize(
+    ("gigabits", "world_size", "per_node", "replicas", "published"),
+    [
+        (10.0, 4, 1, (3, 1), (1.46, 5.28)),
+        (10.0, 16, 4, (15, 1), (0.85 * 5.28, 1.15 * 5.28)),
+        (25.0, 16, 8, (15, 1), (0.85 * 2.98, 1.15 * 2.98)),
+    ],
+)
+def test_vgg16_gains_on_slow_links(
+    gigabits: float,
+    world_size: int,
+    per_node: int,
+    replicas: tuple[int, ...],
+    published: tuple[float, float],
+) -> None:
+    """The planner finds the published splits, linear layers apart from most convolutions, and
+    about the published gain over data parallelism (PipeDream, table 1: 5.28 on 4 x 4 V100 with 10
+    Gb/s, 2.98 on 2 x 8 with 25 Gb/s; 1.46 to 5.28 over all models)."""
     from benchmarks.asynchronous import gain
 
-    factor, plan = gain(10.0, world_size=4, per_node=1)
-    assert plan.replicas == (3, 1)
+    factor, plan = gain(gigabits, world_size, per_node)
+    assert plan.replicas == replicas
     paths = [[segment.path for segment in stage.segments] for stage in plan.stages]
     assert any("features" in path for path in paths[0])
     assert not any("classifier" in path for path in paths[0])
-    assert "classifier" in paths[1][-2]
-    assert 1.46 <= factor <= 5.28
+    assert [path for path in paths[1] if "classifier" in path][-1] == paths[1][-1]
+    assert published[0] <= factor <= published[1]

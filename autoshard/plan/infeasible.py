@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from autoshard.errors import InfeasibleError
+from autoshard.errors import InfeasibleError, OptionError
 from autoshard.options import Constraints
 from autoshard.plan.request import Request
 from autoshard.plan.space import Configuration
@@ -77,7 +77,10 @@ def _suggestion(request: Request, is_feasible: Callable[[Request], bool]) -> str
     pins = request.constraints
     for name in _PINS_OF_MEMORY:
         if name in pins.pins:
-            without = Constraints.of({k: v for k, v in pins.pins.items() if k != name})
+            try:
+                without = Constraints.of({k: v for k, v in pins.pins.items() if k != name})
+            except OptionError:  # another pin needs this one
+                continue
             if is_feasible(replace(request, constraints=without)):
                 return f"It fits without the pin {name}={pins.pins[name]}"
     world_size = request.world_size

@@ -8,7 +8,12 @@ PipeDream's program (Narayanan et al. 2019, section 3.1), from the last segment 
 where ``T(i, j, r) = (forward and backward of i..j-1 + their update per micro-batch) / r``, the
 update being the reduction over ``r`` ranks, as far as nothing hides it, and the optimizer. A stage
 that does not fit in memory takes infinitely long: its replicas hold ``ceil(w / r)`` micro-batches
-and, without a flush, as many versions of the weights. Going backwards, ``w`` is known.
+and, without a flush, as many versions of the weights. Going backwards, ``w`` is known. Of the
+micro-batch that runs, a segment needs its workspace beside what the segments before it have saved:
+in backward, those after it have freed theirs.
+
+Replicas take turns, so a message has the whole network card of its node, unless the narrower of the
+two stages has several ranks there: these share it. ``send`` in the program is that of a whole card.
 
 Segments have the least recomputation under which that has a solution, and then each stage the least
 that it needs. The step is simulated (:func:`autoshard.versioned.step_seconds`).
@@ -18,8 +23,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +45,10 @@ class Segment:
     Attributes:
         weight_bytes: of its weights, of which there may be versions.
         state_bytes: weights once, gradients and optimizer state.
-        send_s: to hand on what passes a cut after it, one way; infinite if there can be none.
+        send_s: to hand on what passes a cut after it, one way, over a whole network card.
+        tied: weights that other segments use too: name -> seconds to send one, one way, over a
+            whole network card.
+        parts_ties: a cut after it has a tied weight on both sides.
     """
 
     forward_s: float
@@ -50,6 +58,8 @@ class Segment:
     weight_bytes: float = 0.0
     state_bytes: float = 0.0
     send_s: float = 0.0
+    tied: Mapping[str, float] = field(default_factory=dict)
+    parts_ties: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +95,7 @@ class ReplicatedSplit:
     step_s: float = math.inf
     bottleneck_s: float = math.inf
     missing_bytes: float = math.inf
-    reason: str = (
-        "no cut into stages with parameters goes with the pins, keeps tied weights in one stage "
-        "and fits in memory"
-    )
+    reason: str = "no cut into stages with parameters goes with the pins and fits in memory"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,6 +111,7 @@ class ReplicaProblem:
         stage_bytes: what every stage holds besides.
         replicas: pinned, one number per stage.
         lengths: pinned, segments of every stage.
+        card_ranks: that share a network card.
     """
 
     segments: Sequence[Sequence[Segment]]
@@ -117,6 +125,7 @@ class ReplicaProblem:
     replicas: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     num_stages: int | None = None
+    card_ranks: int = 1
     _updates: dict[int, Floats] = field(default_factory=dict)
 
     def best(self) -> ReplicatedSplit:
@@ -149,18 +158,36 @@ class ReplicaProblem:
         yield from itertools.islice(deals, MOST_COMPOSITIONS)
 
     def _split(self, entry: int, replicas: tuple[int, ...] | None) -> ReplicatedSplit:
-        path, bottleneck_s = _Chain(self, entry, replicas).path()
+        found = self._split_at(_Chain(self, entry, replicas, part_ties=True).path(), entry)
+        if found.stages or not any(s.parts_ties for s in self.segments[entry]):
+            return found
+        whole = self._split_at(_Chain(self, entry, replicas, part_ties=False).path(), entry)
+        return whole if whole.stages else found
+
+    def _split_at(
+        self, chosen: tuple[list[tuple[int, int, int]], float], entry: int
+    ) -> ReplicatedSplit:
+        """The stages of a path through the program."""
+        path, bottleneck_s = chosen
         if not path:
             return ReplicatedSplit()
         counts = tuple(r for _, _, r in path)
+        tied = [
+            {n: s for segment in self.segments[entry][a:b] for n, s in segment.tied.items()}
+            for a, b, _ in path
+        ]
         try:
-            rules = self._rules(counts)
-        except OptionError as error:  # too few micro-batches for two versions of the weights
+            rules = self._rules(counts, tied_pairs(tied))
+        except OptionError as error:  # ties, or too few micro-batches for two versions
             return ReplicatedSplit(reason=str(error))
         in_flight, versions = holds(rules)
         stages = tuple(
-            self._stage(first, end, r, entry, in_flight[s], versions[s])
-            for s, (first, end, r) in enumerate(path)
+            self._stage(first, end, counts[s : s + 2], entry, in_flight[s], versions[s])
+            for s, (first, end, _) in enumerate(path)
+        )
+        stages = tuple(
+            _with_ties(stage, own, tied[:s])
+            for s, (stage, own) in enumerate(zip(stages, tied, strict=True))
         )
         return ReplicatedSplit(
             stages=stages, bottleneck_s=bottleneck_s,
@@ -168,27 +195,40 @@ class ReplicaProblem:
             missing_bytes=max(s.memory_bytes for s in stages) - self.memory_bytes,
         )  # fmt: skip
 
-    def _rules(self, replicas: tuple[int, ...]) -> Rules:
+    def _rules(self, replicas: tuple[int, ...], ties: tuple[tuple[int, int], ...]) -> Rules:
         return Rules(
             schedule=self.schedule, replicas=replicas, num_micro_batches=self.num_micro_batches,
-            vertical_sync=self.vertical_sync,
+            vertical_sync=self.vertical_sync, ties=ties,
         )  # fmt: skip
 
     def _stage(
-        self, first: int, end: int, replicas: int, most: int, in_flight: int, versions: int
+        self,
+        first: int,
+        end: int,
+        counts: Sequence[int],
+        most: int,
+        in_flight: int,
+        versions: int,
     ) -> ReplicatedStage:
-        """A stage under the first entry up to ``most`` that fits."""
+        """A stage under the first entry up to ``most`` that fits.
+
+        Args:
+            counts: replicas of it and, if there is one, of the stage after it.
+        """
+        replicas = counts[0]
         updates = self.updates(replicas)
         for entry in range(most + 1):
             own = self.segments[entry][first:end]
-            memory = self.stage_bytes + max(s.workspace_bytes for s in own)
+            saved = _sums([s.saved_bytes for s in own])
+            memory = self.stage_bytes + (in_flight - 1) * float(saved[-1])
+            memory += float(np.max(saved[1:] + [s.workspace_bytes for s in own]))
             memory += sum(s.state_bytes + (versions - 1) * s.weight_bytes for s in own)
-            memory += in_flight * sum(s.saved_bytes for s in own)
             if memory <= self.memory_bytes:
                 break
+        sharing = min(*counts, self.card_ranks) if len(counts) > 1 else 0
         times = StageTimes(
             forward_s=sum(s.forward_s for s in own), backward_s=sum(s.backward_s for s in own),
-            send_s=own[-1].send_s if end < len(self.segments[0]) else 0.0,
+            send_s=sharing * own[-1].send_s if sharing else 0.0,
             update_s=float(updates[first:end].sum()),
         )  # fmt: skip
         return ReplicatedStage(
@@ -210,7 +250,12 @@ class _Chain:
     """The program for one recompute entry."""
 
     def __init__(
-        self, problem: ReplicaProblem, entry: int, replicas: tuple[int, ...] | None
+        self,
+        problem: ReplicaProblem,
+        entry: int,
+        replicas: tuple[int, ...] | None,
+        *,
+        part_ties: bool,
     ) -> None:
         self._problem = problem
         own = problem.segments[entry]
@@ -226,6 +271,8 @@ class _Chain:
         )
         self._workspace = np.array([s.workspace_bytes for s in own])
         self._sends = np.array([2 * s.send_s for s in own[:-1]] + [0.0])
+        if not part_ties:
+            self._sends[[s.parts_ties for s in own]] = math.inf
         self._ends = np.ones((self._count, self._count), dtype=bool)
         self._allow_pinned()
         # Ranks that are left tell the stage, and so the replicas that were pinned for it.
@@ -283,13 +330,40 @@ class _Chain:
         if problem.schedule == "gpipe":
             in_flight = problem.num_micro_batches // r
         versions = {"pipedream": in_flight, "pipedream-2bw": 2}.get(problem.schedule, 1)
-        memory = problem.stage_bytes + np.maximum.accumulate(self._workspace[first:])
-        memory = memory + self._state[first + 1 :] - self._state[first]
+        saved = self._saved[first + 1 :] - self._saved[first]
+        memory = problem.stage_bytes + np.maximum.accumulate(saved + self._workspace[first:])
+        memory += self._state[first + 1 :] - self._state[first]
         memory += (versions - 1) * (self._weights[first + 1 :] - self._weights[first])
-        memory += in_flight * (self._saved[first + 1 :] - self._saved[first])
+        memory += (in_flight - 1) * saved
         has_weights = self._state[first + 1 :] > self._state[first]
         possible = self._ends[first, first:] & (memory <= problem.memory_bytes) & has_weights
         return np.where(possible, busy / r, math.inf)
+
+
+def _with_ties(
+    stage: ReplicatedStage, own: Mapping[str, float], before: Sequence[Mapping[str, float]]
+) -> ReplicatedStage:
+    """A stage whose updates send gradients to the owners of its weights and take these."""
+    owned = {name for names in before for name in names}
+    moved_s = 2 * sum(seconds for name, seconds in own.items() if name in owned)
+    times = replace(stage.times, update_s=stage.times.update_s + moved_s)
+    return replace(stage, times=times)
+
+
+def tied_pairs(names: Sequence[Collection[str]]) -> tuple[tuple[int, int], ...]:
+    """The owner of each weight that several stages use, and each other stage that does.
+
+    Args:
+        names: of the weights of each stage.
+    """
+    owners: dict[str, int] = {}
+    pairs = {
+        (owner, stage)
+        for stage, own in enumerate(names)
+        for name in own
+        if (owner := owners.setdefault(name, stage)) != stage
+    }
+    return tuple(sorted(pairs))
 
 
 def _sums(values: Sequence[float] | Floats) -> Floats:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal
 
-from autoshard.cluster import link
+from autoshard.cluster import Link, link
 from autoshard.cost_models.costs import CostModel
 from autoshard.cost_models.state import StateBytes
 from autoshard.errors import OptionError
@@ -18,7 +17,7 @@ from autoshard.options import ASYNCHRONOUS
 from autoshard.plan.class_costs import ClassCosts
 from autoshard.plan.plan import Assignment, Mesh
 from autoshard.plan.recompute import MenuEntry
-from autoshard.plan.replicas import ReplicaProblem, ReplicatedSplit, Segment
+from autoshard.plan.replicas import ReplicaProblem, ReplicatedSplit, Segment, tied_pairs
 from autoshard.plan.request import Request
 from autoshard.plan.scheduled_stages import (
     Counts,
@@ -115,7 +114,7 @@ class StagedPlan:
         if c.schedule == "none":  # workers of their own
             step_s = without_s = busy_s[slowest]
         else:
-            rules = replica_rules(c, self.vertical_sync)
+            rules = replica_rules(c, self.vertical_sync, self.ties)
             times = [
                 StageTimes(
                     forward_s=s.forward_s, backward_s=s.backward_s, send_s=s.send_s,
@@ -129,6 +128,16 @@ class StagedPlan:
             step_s=step_s, sends_s=max(0.0, step_s - without_s), slowest=slowest,
             busy_s=busy_s[slowest] - sum(self.tails[slowest]),
         )  # fmt: skip
+
+    @property
+    def ties(self) -> tuple[tuple[int, int], ...]:
+        """Of stages that are replicated one by one: owners of weights, and others that use them."""
+
+        def trained(index: int) -> set[str]:
+            bindings = self.program.segments[index].bindings
+            return {bindings[port] for port in self.class_of(index).parameters}
+
+        return tied_pairs([set().union(*(trained(i) for i, _ in own)) for own in self.stages])
 
     @property
     def recomputes(self) -> bool:
@@ -169,11 +178,14 @@ class Beaten:
     unhindered: bool
 
 
-def replica_rules(configuration: Configuration, vertical_sync: bool) -> Rules:
+def replica_rules(
+    configuration: Configuration, vertical_sync: bool, ties: tuple[tuple[int, int], ...] = ()
+) -> Rules:
     """What the ranks of a configuration with replicated stages do."""
     return Rules(
         schedule=configuration.schedule, replicas=configuration.replicas,
         num_micro_batches=configuration.num_micro_batches, vertical_sync=vertical_sync,
+        ties=ties,
     )  # fmt: skip
 
 
@@ -436,6 +448,7 @@ class _Choice:
             stage_bytes=self.problem.stage_bytes,
             replicas=(configuration.workers,) if workers else constraints.replicas,
             lengths=None if pinned is None else tuple(pinned), num_stages=constraints.pp,
+            card_ranks=self._between.levels[-1].members if self._between.levels else 1,
         )  # fmt: skip
         split = problem.best()
         if not split.stages:
@@ -465,8 +478,9 @@ class _Choice:
                 if configuration.schedule in ("pipedream", "none")
                 else configuration.num_micro_batches
             )
-            pairs = [self._replicated_update(index, stage.replicas) for index in own]
-            tails.append((updates * sum(p[0] for p in pairs), updates * sum(p[1] for p in pairs)))
+            optimizer_s = sum(self._replicated_update(i, stage.replicas)[1] for i in own)
+            reduction_s = stage.times.update_s - optimizer_s  # and what ties move
+            tails.append((updates * reduction_s, updates * optimizer_s))
             choices.append(
                 StageChoice(
                     counts={}, forward_s=stage.times.forward_s, backward_s=stage.times.backward_s,
@@ -510,20 +524,42 @@ class _Choice:
         layer, menu = self._layer(index), self._menu(self._layer(index))
         prices = self.prices_over(1)
         own = prices.choice(layer, menu[min(entry, len(menu) - 1)])
-        kinds = self._all_types(index)
-        inside = any(min(users) <= index < max(users) for users in self.tied.values())
+        kinds, tied = self._all_types(index), self._tied_of(index)
+        again = {n: t for n, t in tied.items() if self.tied[n][0] != index and not self._whole}
+        copies = float(sum(t.nbytes for t in again.values()))
         return Segment(
             forward_s=own.forward_s, backward_s=own.backward_s, saved_bytes=own.saved_bytes,
             workspace_bytes=float(layer.workspace_bytes),
-            weight_bytes=float(sum(t.nbytes for t in kinds)),
-            state_bytes=float(prices.state(kinds).total + layer.buffer_bytes),
-            send_s=math.inf if inside else self._hop_s(self.cuts[index]),
+            weight_bytes=float(sum(t.nbytes for t in kinds)) + copies,
+            state_bytes=float(prices.state(kinds).total + layer.buffer_bytes) + 2 * copies,
+            send_s=self._hop_s(self.cuts[index]),
+            tied={name: self._hop_s(kind.nbytes) for name, kind in tied.items()},
+            parts_ties=any(min(users) <= index < max(users) for users in self.tied.values()),
         )  # fmt: skip
 
-    def _hop_s(self, num_bytes: int) -> float:
+    @property
+    def _whole(self) -> bool:
+        """Every rank has the whole model."""
+        return self.configuration.data_parallel[0] in ASYNCHRONOUS
+
+    def _tied_of(self, index: int) -> dict[str, TensorType]:
+        """A segment's trained weights that others use too."""
+        names = sorted(name for name, users in self.tied.items() if index in users)
+        return {name: t for name in names if (t := self._tied_type(name)) is not None}
+
+    @property
+    def _between(self) -> Link:
         """To a replica of the next stage: as far as any two of the ranks are apart."""
-        between = link(self.request.cluster, self.configuration.workers)
-        return self.prices.costs.collective("send", num_bytes, between)
+        return link(self.request.cluster, self.configuration.workers)
+
+    def _hop_s(self, num_bytes: int) -> float:
+        """To a replica of the next stage, over a whole network card."""
+        if not self._between.levels:
+            return 0.0
+        *inner, last = self._between.levels
+        card = replace(last, bytes_per_s=last.bytes_per_s * last.members)
+        whole = replace(self._between, levels=(*inner, card))
+        return self.prices.costs.collective("send", num_bytes, whole)
 
     def _replicated_update(self, index: int, replicas: int) -> tuple[float, float]:
         """Seconds of a reduction over the replicas of a stage and of the optimizer.

@@ -108,7 +108,7 @@ def _staleness(request: Request, best: StagedPlan) -> tuple[int | None, ...]:
         return (most_stale(configuration.workers, bound),)
     if not request.constraints.stale:
         return ()
-    return replica_rules(configuration, best.vertical_sync).staleness
+    return replica_rules(configuration, best.vertical_sync, best.ties).staleness
 
 
 def _stale_notes(request: Request, best: StagedPlan) -> tuple[str, ...]:

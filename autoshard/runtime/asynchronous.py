@@ -14,6 +14,7 @@ order of arrival, so parameters of different servers may meet gradients in diffe
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ class AsynchronousEngine:
             finally:
                 self.module.train(was_training)
             every: list[float] = [0.0] * self.worker.size
-            dist.all_gather_object(every, mine, group=self.worker.control)
+            with _waiting():
+                dist.all_gather_object(every, mine, group=self.worker.control)
             return sum(every) / self.worker.size
 
     def drain(self) -> list[float]:
@@ -157,7 +159,7 @@ class AsynchronousEngine:
     def empty(self) -> None:
         """All workers have made all updates and hold the newest weights and all of the optimizer's
         state; they must have made the same number of steps."""
-        with launch.guarded(), torch.no_grad():
+        with launch.guarded(), torch.no_grad(), _waiting():
             steps: list[int] = [0] * self.worker.size
             dist.all_gather_object(steps, self.step_number, group=self.worker.control)
             if len(set(steps)) > 1:
@@ -321,10 +323,14 @@ class _Server:
                 message[0] = _STOP
                 open_.append((message, _isend(message, self._worker.requests, owner)))
         for _, work in open_:
-            work.wait()
+            self.wait(work)
         for thread in self._threads:
             thread.join(self._worker.timeout.total_seconds())
         self._raise_failure()
+        if any(thread.is_alive() for thread in self._threads):
+            raise LaunchError(
+                "expected all workers to say that they are done but one does not; see its output"
+            )
         self._threads = []
         with torch.no_grad():
             for index in self._share:
@@ -337,13 +343,11 @@ class _Server:
             LaunchError: it does not come, or this rank's server has failed.
         """
         try:
-            message.wait()
-        except RuntimeError as error:
+            with _waiting():
+                message.wait()
+        except LaunchError:
             self._raise_failure()
-            raise LaunchError(
-                f"expected another rank to take gradients and send weights but it did not "
-                f"({error}); see its output"
-            ) from error
+            raise
 
     def apply(self, worker: int, message: Tensor) -> Tensor:
         """Make an update of a worker's gradient, and return the newest weights when it may go on.
@@ -411,6 +415,24 @@ class _Server:
                 f"expected gradients from all workers but one has failed ({self._failure}); see "
                 "its output"
             ) from self._failure
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    """A block in which a worker waits for others.
+
+    Raises:
+        LaunchError: one of them is gone, or does not answer within the groups' timeout.
+    """
+    try:
+        yield
+    except LaunchError:
+        raise
+    except RuntimeError as error:
+        raise LaunchError(
+            "expected another worker to take gradients, send weights or come to the end of its "
+            f"steps but it did not ({error}); see its output"
+        ) from error
 
 
 def _isend(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> dist.Work:

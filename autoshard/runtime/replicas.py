@@ -11,6 +11,7 @@ leaves the pipeline meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +36,9 @@ from autoshard.runtime.data_parallel import Replicated
 from autoshard.runtime.engine import EngineConfig, Slot, prologue
 from autoshard.runtime.mesh import DEFAULT_TIMEOUT, Mesh
 from autoshard.runtime.parameters import declared
+from autoshard.runtime.pipeline import TransferError
 from autoshard.runtime.random import make_key
+from autoshard.runtime.replicated_ties import ReplicatedTies
 from autoshard.runtime.weight_versions import WeightVersions
 from autoshard.versioned import Action, Rules, dry_run
 
@@ -50,6 +53,7 @@ class Place:
     Attributes:
         forward, backward, losses: groups of all ranks, one for each kind of message.
         replicas: the ranks of this stage; ``None`` if there is one.
+        timeout: of all groups.
     """
 
     rules: Rules
@@ -58,6 +62,7 @@ class Place:
     backward: dist.ProcessGroup
     losses: dist.ProcessGroup
     replicas: dist.ProcessGroup | None
+    timeout: timedelta = DEFAULT_TIMEOUT
 
     @staticmethod
     def create(rules: Rules, timeout: timedelta = DEFAULT_TIMEOUT) -> Place:
@@ -73,7 +78,7 @@ class Place:
             if count > 1:
                 group = dist.new_group(list(rules.ranks_of(stage)), timeout=timeout)
                 replicas = group if rank in rules.ranks_of(stage) else replicas
-        return Place(rules, rank, forward, backward, losses, replicas)
+        return Place(rules, rank, forward, backward, losses, replicas, timeout)
 
     @property
     def stage(self) -> int:
@@ -85,6 +90,22 @@ class Place:
         """One rank of a pipeline, which holds its stage whole."""
         sizes = {"pp": self.rules.num_stages, "dp": 1, "tp": 1}
         return Mesh(sizes, {"pp": self.stage})
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A block in which this rank waits for others.
+
+        Raises:
+            TransferError: one of them is gone, or does not answer within the groups' timeout.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise TransferError(
+                f"stage {self.stage} on rank {self.rank} waited in vain for {what} ({error}): that "
+                "rank, or one that it waits for, has failed or hangs; see the first error of the "
+                "others"
+            ) from error
 
 
 class ReplicatedEngine:
@@ -110,16 +131,20 @@ class ReplicatedEngine:
         config: EngineConfig,
         optimizer: str | optimizers.OptimizerFactory = "adamw",
     ) -> None:
+        self._ties = ReplicatedTies.between_stages(stage, place)
+        self.place = place = self._ties.place
         rules = place.rules
         dry_run(rules.unrolled(_STEPS_CHECKED), rules)
-        self.place, self.config, self.mesh = place, config, place.mesh
+        self.config, self.mesh = config, place.mesh
         self.device = next((p.device for p in stage.parameters()), torch.device("cpu"))
         self.step_number = 0
         self.max_norm: float | None = None
         self.set_max_norm(config.max_norm)
         self._versions = WeightVersions(stage)
         self._reductions: dict[nn.Module, Replicated] = {}
-        self.slots = tuple(_slots(stage, counted=place.rank == rules.ranks_of(place.stage)[0]))
+        counted = place.rank == rules.ranks_of(place.stage)[0]
+        slots = tuple(_slots(stage, counted=counted))
+        self.slots = tuple(s for s in slots if s.name not in self._ties.taken)
         self.optimizer = optimizers.build(optimizer, [s.local for s in self.slots], split=False)
         self.scheduler: LRScheduler | None = None
         self.scheduler_state: dict[str, Any] | None = None
@@ -238,9 +263,18 @@ class ReplicatedEngine:
         """The pipeline is: versions and micro-batches count from 0 again."""
         self._wire.finish()
         self._losses.finish()
+        self._ties.finish(self.module, self._versions.newest)
         self._versions.restart()
+        if self.place.rules.stale and self.place.replicas is not None:
+            self._share_buffers(self.place.replicas)
         self._fed = 0
         self._next_forward = self.place.rank - self.place.rules.ranks_of(self.place.stage)[0]
+
+    def _share_buffers(self, replicas: dist.ProcessGroup) -> None:
+        """Running statistics become those of the first replica, as in DDP."""
+        with self.place.waiting(f"the other ranks of stage {self.place.stage}"):
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, group=replicas, group_src=0)
 
     def _perform(self, actions: Iterable[Action]) -> None:
         """Run actions in order; what the next one waits for is received meanwhile."""
@@ -283,7 +317,8 @@ class ReplicatedEngine:
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         if reduction is not None and updates:
-            reduction.finish()
+            with self.place.waiting(f"gradients of the other ranks of stage {action.stage}"):
+                reduction.finish()
         self._wire.send_gradients(action, flight.inputs)
 
     def _reduction(self, module: nn.Module) -> Replicated | None:
@@ -302,6 +337,7 @@ class ReplicatedEngine:
         that it used: the micro-batches of one update and rank have all met the same one."""
         rules, stage = self.place.rules, action.stage
         source = self._versions.module(self._last_used)
+        self._ties.sum_gradients(source)
         gradients = [slot.holder.grad for slot in _slots_of(self.slots, source)]
         self._weigh(gradients)
         flying = [flight.version for flight in self._flying.values()]
@@ -313,6 +349,8 @@ class ReplicatedEngine:
             slot.local.data = slot.holder.data
             slot.local.grad = gradient
         self.optimizer.step()
+        self._ties.give(module)
+        self._ties.take(module, action.version)
         for slot in self.slots:
             slot.local.grad = None
         if rules.stale:
@@ -333,7 +371,8 @@ class ReplicatedEngine:
         counted = known if self.place.rank == rules.ranks_of(stage)[0] else []
         mine = torch.tensor(optimizers.squared_norm(counted), dtype=torch.float64)
         every = [torch.empty_like(mine.to(self.device)) for _ in range(rules.num_ranks)]
-        dist.all_gather(every, mine.to(self.device), group=self.place.losses)
+        with self.place.waiting("the norms of the gradients of all ranks"):
+            dist.all_gather(every, mine.to(self.device), group=self.place.losses)
         norm = math.sqrt(sum(float(part) for part in every))
         for gradient in known:
             gradient.mul_(optimizers.clip_coefficient(norm, self.max_norm))
@@ -411,7 +450,8 @@ class _Wire:
             types = tuple(t for t in self._outputs if t.dtype.is_floating_point)
             peer, group = action.stage + 1, self._place.backward
         source = rules.home(peer, action.micro_batch)
-        self._expected[action] = [self._receive(t, source, group) for t in types]
+        with self._place.waiting(_message(action, source)):
+            self._expected[action] = [self._receive(t, source, group) for t in types]
 
     def _receive(
         self, kind: TensorType, source: int, group: dist.ProcessGroup
@@ -436,8 +476,11 @@ class _Wire:
 
     def _arrived(self, action: Action) -> list[Tensor]:
         received = self._expected.pop(action, [])
-        for _, work in received:
-            work.wait()
+        if received:
+            stage = action.stage + (-1 if action.what == "F" else 1)
+            source = self._place.rules.home(stage, action.micro_batch)
+            with self._place.waiting(_message(action, source)):
+                _wait_all(received)
         return [buffer for buffer, _ in received]
 
     def send_activations(self, action: Action, outputs: Sequence[Tensor]) -> None:
@@ -463,16 +506,24 @@ class _Wire:
         """
         open_ = self._sends.setdefault((peer, action.what), deque())
         held = [t.contiguous() for t in tensors]
-        open_.append([(t, _isend(t, group, peer)) for t in held])
         earlier = action.stage if action.what == "F" else action.stage - 1
-        while len(open_) > self._place.rules.in_flight(earlier) + 1:
-            _wait_all(open_.popleft())
+        with self._place.waiting(f"rank {peer} to receive"):
+            open_.append([(t, _isend(t, group, peer)) for t in held])
+            while len(open_) > self._place.rules.in_flight(earlier) + 1:
+                _wait_all(open_.popleft())
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
-        for open_ in self._sends.values():
-            while open_:
-                _wait_all(open_.popleft())
+        for (peer, _), open_ in self._sends.items():
+            with self._place.waiting(f"rank {peer} to receive"):
+                while open_:
+                    _wait_all(open_.popleft())
+
+
+def _message(action: Action, source: int) -> str:
+    """What an action needs from a rank."""
+    what = "activations" if action.what == "F" else "gradients"
+    return f"{what} of micro-batch {action.micro_batch} from rank {source}"
 
 
 def _isend(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> dist.Work:
@@ -481,8 +532,8 @@ def _isend(tensor: Tensor, group: dist.ProcessGroup, peer: int) -> dist.Work:
     return work
 
 
-def _wait_all(sends: Iterable[tuple[Tensor, dist.Work]]) -> None:
-    for _, work in sends:
+def _wait_all(messages: Iterable[tuple[Tensor, dist.Work]]) -> None:
+    for _, work in messages:
         work.wait()
 
 
@@ -511,6 +562,10 @@ class _Losses:
 
     def share(self) -> None:
         """Send what was added since the step began, and begin to receive the others' parts."""
+        with self._place.waiting("the loss of a step"):
+            self._share()
+
+    def _share(self) -> None:
         own = float(sum(float(part) for part in self._parts))
         message = torch.tensor([own, self._fingerprint], dtype=torch.float64, device=self._device)
         arriving: list[tuple[Tensor, dist.Work | None]] = []
@@ -533,8 +588,9 @@ class _Losses:
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived: gloo drops what is freed before."""
-        while self._sends:
-            _wait_all(self._sends.popleft())
+        with self._place.waiting("all ranks to take the loss of a step"):
+            while self._sends:
+                _wait_all(self._sends.popleft())
 
     def take(self, delay: int) -> float:
         """The oldest loss, if more than ``delay`` steps' are to be had; else ``nan``."""
@@ -552,7 +608,8 @@ class _Losses:
         total = 0.0
         for buffer, work in arriving:
             if work is not None:
-                work.wait()
+                with self._place.waiting("the loss of a step"):
+                    work.wait()
             loss, theirs = buffer.tolist()
             if int(theirs) != own:
                 raise OptionError(
