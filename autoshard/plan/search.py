@@ -34,6 +34,7 @@ from autoshard.plan.bounds import (
     Bound,
     WholeModel,
     ideal,
+    layers_of,
     recompute_bound,
     seconds_of,
     whole_model,
@@ -48,6 +49,7 @@ from autoshard.plan.plan import Alternative, Candidate, Plan
 from autoshard.plan.request import Request
 from autoshard.plan.sharding_front import PRICES, Sharding, Shardings
 from autoshard.plan.space import Configuration, configurations
+from autoshard.plan.stage_bounds import least_step_s
 from autoshard.plan.stage_choice import Beaten, Infeasible, StagedPlan, choose_stages
 from autoshard.plan.tensor_axis import refuse_missing_rules, replicated, tensor_problem
 from autoshard.plan.write import write_plan
@@ -247,7 +249,7 @@ class Search:
         if len(space) > 1 and not replicated:  # else nothing to prune
             levels = (
                 self._bound_from_whole, self._bound_from_ops,
-                self._bound_from_shardings, self._bound_from_sharding,
+                self._bound_from_shardings, self._bound_from_sharding, self._bound_from_stages,
             )  # fmt: skip
         self._open = _Open(closed or simulated, levels)
         if closed:
@@ -326,7 +328,7 @@ class Search:
         bound = self._again(configuration)
         if bound.missing_bytes:
             self._reject(self._lacking(configuration, bound))
-        return _step_s(configuration, self.whole.seconds / parts + bound.seconds)
+        return configuration.least_s(self.whole.seconds / parts + bound.seconds)
 
     def _again(self, configuration: Configuration) -> Bound:
         """The least seconds of recompute."""
@@ -353,7 +355,7 @@ class Search:
 
     def _bound_from_ops(self, configuration: Configuration) -> float:
         seconds = self._op_seconds(configuration, ideal(self.costs)) / configuration.mesh.tp
-        return _step_s(configuration, seconds + self._again(configuration).seconds)
+        return configuration.least_s(seconds + self._again(configuration).seconds)
 
     def _bound_from_shardings(self, configuration: Configuration) -> float:
         """From the fastest sharding over however many micro-batches."""
@@ -363,15 +365,34 @@ class Search:
         if shardings is None:
             return float("inf")
         seconds = self._timed("sharding", shardings.least_s)
-        return _step_s(configuration, seconds + self._again(configuration).seconds)
+        return configuration.least_s(seconds + self._again(configuration).seconds)
 
     def _bound_from_sharding(self, configuration: Configuration) -> float:
         if configuration.mesh.tp == 1:
             seconds = self._op_seconds(configuration, self.costs)
-        else:
-            sharding = self._sharding(configuration, 0.0)
-            seconds = sharding.seconds if sharding else float("inf")
-        return _step_s(configuration, seconds + self._again(configuration).seconds)
+            return configuration.least_s(seconds + self._again(configuration).seconds)
+        sharding = self._sharding(configuration, 0.0)
+        return self._least_s_of(configuration, sharding) if sharding else float("inf")
+
+    def _bound_from_stages(self, configuration: Configuration) -> float:
+        """From what its stages may hold, in the seconds of the fastest sharding."""
+        layers = layers_of(self.whole, configuration, self.request)
+        if configuration.mesh.pp == 1 or layers is None:
+            return 0.0
+        seconds = self._least_seconds(configuration)
+        return self._timed(
+            "bounds",
+            lambda: least_step_s(
+                configuration.looped, seconds, layers, self.request.memory_bytes
+            ),
+        )  # fmt: skip
+
+    def _least_seconds(self, configuration: Configuration) -> float:
+        """Of a micro-batch under the fastest sharding, over all stages."""
+        if configuration.mesh.tp == 1:
+            return self._op_seconds(configuration, self.costs)
+        shardings = self._shardings_of(configuration)
+        return shardings.least_s() if shardings else float("inf")
 
     def _op_seconds(self, configuration: Configuration, costs: CostModel) -> float:
         """Of one micro-batch through the whole model, before the tensor axis splits it."""
@@ -432,7 +453,8 @@ class Search:
             self._reject(nearest)
 
     def _least_s_of(self, configuration: Configuration, sharding: Sharding) -> float:
-        return _step_s(configuration, sharding.seconds + self._again(configuration).seconds)
+        seconds = sharding.seconds + self._again(configuration).seconds
+        return seconds * configuration.paces / configuration.mesh.pp
 
     def _staged(
         self,
@@ -640,11 +662,6 @@ class Search:
                 slower = candidate.step_s / best.step_s - 1
                 others.append(replace(candidate, reason=f"{100 * slower:.1f} % slower"))
         return tuple(sorted(others, key=lambda c: c.step_s or float("inf"))[:NUM_CANDIDATES])
-
-
-def _step_s(configuration: Configuration, seconds: float) -> float:
-    """The shortest step whose micro-batches take ``seconds`` each, over all stages."""
-    return seconds * configuration.paces / configuration.mesh.pp
 
 
 def _is(candidate: Candidate, configuration: Configuration) -> bool:

@@ -252,7 +252,8 @@ class _Choice:
         p, runs = self.configuration.mesh.pp, self.problem.runs
         work_s = sum(run.count * min(c.seconds for c in run.menu) for run in runs)
         step_s = sum(run.count * run.step_s for run in runs)
-        return (self.configuration.paces * work_s + step_s) / p
+        equal_s = (self.configuration.paces * work_s + step_s) / p
+        return max(equal_s, self.configuration.least_s(work_s))
 
     def beaten(self, limit_s: float, *, unhindered: bool) -> Beaten:
         return Beaten(
