@@ -42,13 +42,15 @@ class Parameters:
     """Parameters, each once.
 
     Attributes:
-        trainable: their types.
+        trainable: types of those that are trained.
         frozen_bytes: of the others.
         states: bytes of state that were asked for, by data-parallel mode, ranks and whether there
             are several micro-batches.
     """
 
     trainable: tuple[TensorType, ...]
+    trainable_bytes: int
+    trainable_elements: int
     frozen_bytes: int
     states: dict[tuple[str, int, int], float] = field(default_factory=dict, compare=False)
 
@@ -61,6 +63,7 @@ class WholeModel:
         seconds: forward and backward.
         parameters: all of them.
         of_layers: those of its repeated layers.
+        num_layers: repeated layers.
         layers_s: forward and backward of its repeated layers, if these are all of one class.
         saved_bytes: by its repeated layers, for backward, without recompute.
         pieces: (bytes freed, seconds to make them again), cheapest bytes first.
@@ -69,6 +72,7 @@ class WholeModel:
     seconds: float
     parameters: Parameters
     of_layers: Parameters
+    num_layers: int
     layers_s: float | None
     saved_bytes: float
     pieces: tuple[Point, ...]
@@ -126,6 +130,7 @@ def whole_model(program: Program, costs: CostModel) -> WholeModel:
         seconds=seconds,
         parameters=_parameters(program, program.segments),
         of_layers=_parameters(program, [s for s in program.segments if s.layer.kind == "layer"]),
+        num_layers=sum(s.layer.kind == "layer" for s in program.segments),
         layers_s=layers_s if alike else None,
         saved_bytes=saved_bytes,
         pieces=tuple(sorted(pieces, key=lambda piece: piece[1] / piece[0])),
@@ -135,8 +140,11 @@ def whole_model(program: Program, costs: CostModel) -> WholeModel:
 def _parameters(program: Program, segments: Sequence[Segment]) -> Parameters:
     used = {name for s in segments for name in s.parameters}
     infos = [i for name in sorted(used) if not (i := program.parameters[name]).buffer]
+    trainable = tuple(i.type for i in infos if i.trainable)
     return Parameters(
-        trainable=tuple(i.type for i in infos if i.trainable),
+        trainable=trainable,
+        trainable_bytes=sum(kind.nbytes for kind in trainable),
+        trainable_elements=sum(kind.numel for kind in trainable),
         frozen_bytes=sum(i.type.nbytes for i in infos if not i.trainable),
     )
 

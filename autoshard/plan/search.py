@@ -31,11 +31,8 @@ from autoshard.ir import Program
 from autoshard.options import Constraints
 from autoshard.plan.alternatives import alternative, front, runners_up, time_first
 from autoshard.plan.bounds import (
-    Bound,
     WholeModel,
     ideal,
-    layers_of,
-    recompute_bound,
     seconds_of,
     whole_model,
 )
@@ -45,11 +42,11 @@ from autoshard.plan.expert_axis import spread_experts
 from autoshard.plan.infeasible import lacking_least, why_infeasible
 from autoshard.plan.local_program import LocalProgram, coupling, localise_batch
 from autoshard.plan.memo import Memo, RankClass, rank_classes
+from autoshard.plan.mode_bounds import Floor, Floors, floors
 from autoshard.plan.plan import Alternative, Candidate, Plan
 from autoshard.plan.request import Request
 from autoshard.plan.sharding_front import PRICES, Sharding, Shardings
 from autoshard.plan.space import Configuration, configurations
-from autoshard.plan.stage_bounds import least_step_s
 from autoshard.plan.stage_choice import Beaten, Infeasible, StagedPlan, choose_stages
 from autoshard.plan.tensor_axis import refuse_missing_rules, replicated, tensor_problem
 from autoshard.plan.write import write_plan
@@ -191,7 +188,7 @@ class Search:
     _refusals: list[OptionError] = field(default_factory=list)
     _open: _Open = field(default_factory=lambda: _Open((), ()))
     _whole: WholeModel | None = None
-    _recompute: dict[Configuration, Bound] = field(default_factory=dict)
+    _floors: dict[Configuration, Floors] = field(default_factory=dict)
     _local_s: dict[tuple[int, bool], float] = field(default_factory=dict)
     _shardings: dict[tuple[int, int], Shardings | None] = field(default_factory=dict)
     _classes: dict[tuple[int, int, str], dict[str, ClassCosts]] = field(default_factory=dict)
@@ -325,23 +322,27 @@ class Search:
         mesh = configuration.mesh
         program = self.request.program
         parts = program.batch_size / configuration.micro_batch_size * mesh.cp * mesh.tp
-        bound = self._again(configuration)
-        if bound.missing_bytes:
-            self._reject(self._lacking(configuration, bound))
-        return configuration.least_s(self.whole.seconds / parts + bound.seconds)
+        found = self._floors_of(configuration)
+        if not found.modes:
+            self._reject(self._lacking(configuration, found.missing_bytes))
+        return self._least_s_of(configuration, self.whole.seconds / parts)
 
-    def _again(self, configuration: Configuration) -> Bound:
-        """The least seconds of recompute."""
-        if configuration not in self._recompute:
-            self._recompute[configuration] = recompute_bound(
-                self.whole, configuration, self.request
+    def _floors_of(self, configuration: Configuration) -> Floors:
+        if configuration not in self._floors:
+            self._floors[configuration] = floors(
+                self.whole, configuration, self.request, self.costs
             )
-        return self._recompute[configuration]
+        return self._floors[configuration]
 
-    def _lacking(self, configuration: Configuration, bound: Bound) -> Infeasible:
+    def _least_s_of(self, configuration: Configuration, seconds: float) -> float:
+        """From the seconds of a micro-batch over all stages, under the best mode for them."""
+        modes = self._floors_of(configuration).modes
+        return min((floor.least_s(seconds) for floor in modes), default=math.inf)
+
+    def _lacking(self, configuration: Configuration, missing_bytes: float) -> Infeasible:
         return Infeasible(
-            configuration=configuration, missing_bytes=bound.missing_bytes, stage=0, exact=False,
-            reason=f"every stage lacks at least {nbytes(bound.missing_bytes)}",
+            configuration=configuration, missing_bytes=missing_bytes, stage=0, exact=False,
+            reason=f"every stage lacks at least {nbytes(missing_bytes)}",
         )  # fmt: skip
 
     @property
@@ -355,7 +356,7 @@ class Search:
 
     def _bound_from_ops(self, configuration: Configuration) -> float:
         seconds = self._op_seconds(configuration, ideal(self.costs)) / configuration.mesh.tp
-        return configuration.least_s(seconds + self._again(configuration).seconds)
+        return self._least_s_of(configuration, seconds)
 
     def _bound_from_shardings(self, configuration: Configuration) -> float:
         """From the fastest sharding over however many micro-batches."""
@@ -365,27 +366,31 @@ class Search:
         if shardings is None:
             return float("inf")
         seconds = self._timed("sharding", shardings.least_s)
-        return configuration.least_s(seconds + self._again(configuration).seconds)
+        return self._least_s_of(configuration, seconds)
 
     def _bound_from_sharding(self, configuration: Configuration) -> float:
         if configuration.mesh.tp == 1:
             seconds = self._op_seconds(configuration, self.costs)
-            return configuration.least_s(seconds + self._again(configuration).seconds)
+            return self._least_s_of(configuration, seconds)
         sharding = self._sharding(configuration, 0.0)
-        return self._least_s_of(configuration, sharding) if sharding else float("inf")
+        return self._least_s_under(configuration, sharding) if sharding else float("inf")
 
     def _bound_from_stages(self, configuration: Configuration) -> float:
         """From what its stages may hold, in the seconds of the fastest sharding."""
-        layers = layers_of(self.whole, configuration, self.request)
-        if configuration.mesh.pp == 1 or layers is None:
+        seconds, least = self._least_seconds(configuration), math.inf
+        modes = self._floors_of(configuration).modes
+        for floor in sorted(modes, key=lambda f: f.least_s(seconds)):
+            above = floor.least_s(seconds)
+            if above >= least:
+                break
+            least = min(least, max(above, self._least_in_stages_s(floor, seconds)))
+        return least
+
+    def _least_in_stages_s(self, floor: Floor, seconds: float) -> float:
+        if floor.configuration.mesh.pp == 1:
             return 0.0
-        seconds = self._least_seconds(configuration)
-        return self._timed(
-            "bounds",
-            lambda: least_step_s(
-                configuration.looped, seconds, layers, self.request.memory_bytes
-            ),
-        )  # fmt: skip
+        memory = self.request.memory_bytes
+        return self._timed("bounds", lambda: floor.least_in_stages_s(seconds, memory))
 
     def _least_seconds(self, configuration: Configuration) -> float:
         """Of a micro-batch under the fastest sharding, over all stages."""
@@ -432,7 +437,7 @@ class Search:
             rivals = [p.step_s for p in (best, found) if p is not None]
             if configuration.workers:
                 rivals = []  # bounds know one replica of each stage
-            if rivals and self._least_s_of(configuration, sharding) >= min(rivals):
+            if rivals and self._least_s_under(configuration, sharding) >= min(rivals):
                 continue
             limit_s = WORTH_KNOWING * min(rivals, default=float("inf"))
             outcome = self._staged(configuration, sharding, limit_s=limit_s)
@@ -452,9 +457,9 @@ class Search:
         elif nearest is not None:
             self._reject(nearest)
 
-    def _least_s_of(self, configuration: Configuration, sharding: Sharding) -> float:
-        seconds = sharding.seconds + self._again(configuration).seconds
-        return seconds * configuration.paces / configuration.mesh.pp
+    def _least_s_under(self, configuration: Configuration, sharding: Sharding) -> float:
+        modes = self._floors_of(configuration).modes
+        return min((floor.spread_s(sharding.seconds) for floor in modes), default=math.inf)
 
     def _staged(
         self,

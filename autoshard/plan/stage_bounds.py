@@ -87,6 +87,27 @@ class Looped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What data parallelism adds to the repeated layers together.
+
+    Attributes:
+        moved_s: collectives of one micro-batch, which run beside its compute.
+        slowdown: compute that is lost per second of a collective that runs beside it; 1: none
+            does.
+        step_s: once per step, after the last backward.
+    """
+
+    moved_s: float = 0.0
+    slowdown: float = 1.0
+    step_s: float = 0.0
+
+    def beside_s(self, seconds: float) -> float:
+        """Of a micro-batch that computes for so many seconds, at least."""
+        moved_s, slowdown = self.moved_s, self.slowdown
+        return max(seconds + slowdown * moved_s, moved_s + slowdown * seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
     """The repeated layers of a program together, on a rank and for one micro-batch.
 
@@ -116,8 +137,8 @@ def turns(looped: Looped) -> float:
     of the note on time for ``sum t = 1``, by duality: any weights ``w >= 0`` of its constraints
     prove the least coefficient that their sum has for a ``t[i]``. With the weights that make all
     coefficients equal it is the optimum; they follow from those of the first loop by
-    ``(q - 1) w[k + p] = sum(w[i] for k < i < k + p)``. With a micro-batch or few they grow until
-    only the last one counts, whose constraint says ``sum t``. Schedules whose ranks do not wait for each
+    ``(q - 1) w[k + p] = sum(w[i] for k < i < k + p)``. For few micro-batches they grow until only
+    the last one counts, whose constraint says ``sum t``. Schedules whose ranks do not wait for each
     other may have no bubble: ``m / p``.
     """
     p, m, v = looped.num_ranks, looped.num_micro_batches, looped.virtual_stages
@@ -179,19 +200,23 @@ def missing_bytes(looped: Looped, layers: Layers, memory_bytes: float) -> float:
 
 
 def least_step_s(
-    looped: Looped, seconds: float, layers: Layers | None, memory_bytes: float
+    looped: Looped,
+    seconds: float,
+    layers: Layers,
+    memory_bytes: float,
+    traffic: Traffic | None = None,
 ) -> float:
     """Seconds of a step that no cut beats, with any recomputation; infinite if nothing fits.
 
     Args:
-        seconds: of one micro-batch through all stages, without recomputation.
-        layers: of the seconds, those of repeated layers; ``None``: memory is left out.
+        seconds: of one micro-batch computing through all stages, without recomputation.
     """
-    if layers is None or not looped.known:
-        return turns(looped) * seconds
+    traffic = traffic or Traffic()
+    if not looped.known:
+        return turns(looped) * traffic.beside_s(seconds)
     if missing_bytes(looped, layers, memory_bytes) > _TOLERANCE * memory_bytes:
         return INFINITY
-    return seconds * _Relaxation(looped, seconds, layers, memory_bytes).least()
+    return seconds * _Relaxation(looped, seconds, layers, memory_bytes, traffic).least()
 
 
 def least_of(looped: Looped, stages: Sequence[StageSeconds], tail_s: Sequence[float]) -> float:
@@ -219,8 +244,17 @@ def least_of(looped: Looped, stages: Sequence[StageSeconds], tail_s: Sequence[fl
 class _Relaxation:
     """The linear program of both notes, in units of the seconds and the memory that are given."""
 
-    def __init__(self, looped: Looped, seconds: float, layers: Layers, memory_bytes: float) -> None:
+    def __init__(
+        self,
+        looped: Looped,
+        seconds: float,
+        layers: Layers,
+        memory_bytes: float,
+        traffic: Traffic,
+    ) -> None:
         self._looped, self._builder = looped, Builder()
+        self._moved_s, self._step_s = traffic.moved_s / seconds, traffic.step_s / seconds
+        self._slowdown = traffic.slowdown
         self._step = self._variables(1, objective=1.0)[0]
         self._share = self._variables(looped.num_stages)
         self._ahead = [*self._variables(1, upper=0.0), *self._variables(looped.num_stages)]
@@ -247,13 +281,18 @@ class _Relaxation:
         ]
 
     def _rows_of_seconds(self, again_s: Sequence[int], layers_s: float) -> None:
-        """``ahead[k + 1] - ahead[k]`` is what stage ``k`` takes."""
+        """``ahead[k + 1] - ahead[k]`` is what stage ``k`` takes, with collectives beside."""
+        moved_s, slowdown = self._moved_s, self._slowdown
         others_s, row = self._variables(self._looped.num_stages), self._builder.row
         row(self._share, lower=1.0, upper=1.0)
         row(others_s, lower=max(0.0, 1.0 - layers_s))
         for k, (share, other, again) in enumerate(zip(self._share, others_s, again_s, strict=True)):
             takes = [self._ahead[k + 1], self._ahead[k], share, other, again]
-            row(takes, [1.0, -1.0, -layers_s, -1.0, -1.0], lower=0.0, upper=0.0)
+            busy_s = layers_s + slowdown * moved_s
+            row(takes, [1.0, -1.0, -busy_s, -1.0, -1.0], lower=0.0)
+            if moved_s:
+                busy_s = moved_s + slowdown * layers_s
+                row(takes, [1.0, -1.0, -busy_s, -slowdown, -slowdown], lower=0.0)
 
     def _recomputation(
         self, seconds: float, layers: Layers, memory_bytes: float
@@ -292,10 +331,15 @@ class _Relaxation:
         for k in range(self._looped.num_stages):
             row([self._ahead[k + 1], self._ahead[k], slowest], [1.0, -1.0, -1.0], upper=0.0)
         others = float(self._looped.num_micro_batches - 1)
-        row([self._step, self._ahead[-1], slowest], [1.0, -1.0, -others], lower=0.0)
+        for share in self._share:
+            columns = [self._step, self._ahead[-1], slowest, share]
+            row(columns, [1.0, -1.0, -others, -self._step_s], lower=0.0)
 
     def _rows_of_loops(self) -> None:
-        """``before[k]``: what the rank of stage ``k`` takes for its stages before ``k``."""
+        """``before[k]``: what the rank of stage ``k`` takes for its stages before ``k``.
+
+        The first rank has the last backward of all, and then what follows it.
+        """
         p, num_stages, ahead = self._looped.num_ranks, self._looped.num_stages, self._ahead
         before = [*self._variables(p, upper=0.0), *self._variables(num_stages)]
         m, q = float(self._looped.num_micro_batches), float(self._looped.group)
@@ -303,4 +347,15 @@ class _Relaxation:
             with_own = [before[k + p], before[k], ahead[k + 1], ahead[k]]
             self._builder.row(with_own, [1.0, -1.0, -1.0, 1.0], lower=0.0, upper=0.0)
             columns = [self._step, ahead[k], before[num_stages + k % p], before[k]]
-            self._builder.row(columns, [1.0, -1.0, -m, q], lower=0.0)
+            self._builder.row(
+                [*columns, *self._share[::p]],
+                [1.0, -1.0, -m, q, *([-self._step_s] * len(self._share[::p]))],
+                lower=0.0,
+            )
+        for rank in range(p):
+            own = self._share[rank::p]
+            self._builder.row(
+                [self._step, before[num_stages + rank], *own],
+                [1.0, -m, *([-self._step_s] * len(own))],
+                lower=0.0,
+            )
