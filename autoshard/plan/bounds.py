@@ -18,23 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 from autoshard.cost_models.costs import AnalyticCosts, CostModel
 from autoshard.cost_models.memory import saved_values
 from autoshard.cost_models.state import state_bytes
 from autoshard.ir import Graph, Program, Segment, TensorType
 from autoshard.plan.class_costs import shared_inputs
-from autoshard.plan.recompute import LayerCosts, MenuEntry, recompute_menu
+from autoshard.plan.recompute import LayerCosts, Point, freed_bytes
 from autoshard.plan.request import Request
 from autoshard.plan.space import Configuration
 from autoshard.plan.stage_bounds import Layers, missing_bytes
-
-NUM_POINTS = 9
-"""Entries of the recompute menus that the bound on recompute seconds is made of."""
-
-Point = tuple[float, float]
-"""Bytes and seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +115,9 @@ def whole_model(program: Program, costs: CostModel) -> WholeModel:
         if layer.kind != "layer":
             continue
         layers_s += number * seconds_of(layer.graph, costs)
-        menu = _menu(layer.graph, costs, shared[layer.name])
-        saved_bytes += number * menu[0].saved_bytes
-        pieces += [(number * b, number * s) for b, s in _pieces(menu)]
+        saved, freed = freed_bytes(_layer_costs(layer.graph, costs, shared[layer.name]))
+        saved_bytes += number * saved
+        pieces += [(number * b, number * s) for b, s in freed]
     alike = sum(layer.kind == "layer" for layer in program.classes) == 1
     return WholeModel(
         seconds=seconds,
@@ -149,37 +142,13 @@ def _parameters(program: Program, segments: Sequence[Segment]) -> Parameters:
     )
 
 
-def _menu(graph: Graph, costs: CostModel, shared: frozenset[str]) -> tuple[MenuEntry, ...]:
-    layer = LayerCosts(
+def _layer_costs(graph: Graph, costs: CostModel, shared: frozenset[str]) -> LayerCosts:
+    return LayerCosts(
         graph=graph,
         forward_s={op.name: costs.op(op).forward_s for op in graph.ops},
         saved=saved_values(graph, device_kind=costs.cluster.device.kind),
         shared_inputs=shared,
     )
-    return recompute_menu(layer, NUM_POINTS)
-
-
-def _pieces(menu: Sequence[MenuEntry]) -> list[Point]:
-    """The lower convex hull of what freeing bytes costs, as pieces of falling yield.
-
-    Between two entries nothing is known but that it takes no less than the larger one. So every
-    entry's bytes are taken at the price of the entry before it.
-    """
-    corners = [(0.0, 0.0)]
-    for before, entry in pairwise(menu):
-        freed = float(menu[0].saved_bytes - entry.saved_bytes)
-        if freed > corners[-1][0]:
-            corners.append((freed, before.extra_backward_s))
-    hull: list[Point] = []
-    for point in corners:
-        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(point)
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(hull)]
-
-
-def _slope(a: Point, b: Point) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def recompute_bound(whole: WholeModel, configuration: Configuration, request: Request) -> Bound:
