@@ -27,7 +27,7 @@ from autoshard.plan.class_costs import shared_inputs
 from autoshard.plan.recompute import LayerCosts, Point, freed_bytes
 from autoshard.plan.request import Request
 from autoshard.plan.space import Configuration
-from autoshard.plan.stage_bounds import Layers, missing_bytes
+from autoshard.plan.stage_bounds import Ends, Layers, missing_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,7 @@ class WholeModel:
         parameters: all of them.
         of_layers: those of its repeated layers.
         num_layers: repeated layers.
+        ends: of the repeated layers, if nothing is between them.
         layers_s: forward and backward of its repeated layers, if these are all of one class.
         saved_bytes: by its repeated layers, for backward, without recompute.
         pieces: (bytes freed, seconds to make them again), cheapest bytes first.
@@ -66,6 +67,7 @@ class WholeModel:
     parameters: Parameters
     of_layers: Parameters
     num_layers: int
+    ends: Ends | None
     layers_s: float | None
     saved_bytes: float
     pieces: tuple[Point, ...]
@@ -124,10 +126,26 @@ def whole_model(program: Program, costs: CostModel) -> WholeModel:
         parameters=_parameters(program, program.segments),
         of_layers=_parameters(program, [s for s in program.segments if s.layer.kind == "layer"]),
         num_layers=sum(s.layer.kind == "layer" for s in program.segments),
+        ends=_ends(program, costs),
         layers_s=layers_s if alike else None,
         saved_bytes=saved_bytes,
         pieces=tuple(sorted(pieces, key=lambda piece: piece[1] / piece[0])),
     )  # fmt: skip
+
+
+def _ends(program: Program, costs: CostModel) -> Ends | None:
+    segments = [s for s in program.segments if s.layer.kind != "shared"]
+    layers = [i for i, s in enumerate(segments) if s.layer.kind == "layer"]
+    if not layers or layers[-1] - layers[0] + 1 != len(layers):
+        return None
+    before, after = segments[: layers[0]], segments[layers[-1] + 1 :]
+    return Ends(
+        number=len(layers),
+        before=sum(bool(s.layer.graph.parameters) for s in before),
+        after=sum(bool(s.layer.graph.parameters) for s in after),
+        first_s=seconds_of(before[0].layer.graph, costs) if before else 0.0,
+        last_s=seconds_of(after[-1].layer.graph, costs) if after else 0.0,
+    )
 
 
 def _parameters(program: Program, segments: Sequence[Segment]) -> Parameters:
@@ -188,6 +206,9 @@ def layers_of(whole: WholeModel, configuration: Configuration, request: Request)
         seconds=whole.layers_s / parts, saved_bytes=whole.saved_bytes / parts,
         pieces=tuple((freed / parts, seconds / parts) for freed, seconds in whole.pieces),
         state_bytes=_state(whole.of_layers, configuration, request),
+        ends=whole.ends and replace(
+            whole.ends, first_s=whole.ends.first_s / parts, last_s=whole.ends.last_s / parts
+        ),
     )  # fmt: skip
 
 

@@ -384,6 +384,8 @@ class Search:
             if above >= least:
                 break
             least = min(least, max(above, self._least_in_stages_s(floor, seconds)))
+        if least == math.inf and seconds < math.inf:
+            self._reject(self._lacking(configuration, 0.0))
         return least
 
     def _least_in_stages_s(self, floor: Floor, seconds: float) -> float:

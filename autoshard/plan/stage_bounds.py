@@ -28,6 +28,8 @@ micro-batch that it makes again in backward,
 for every rank, and ``t[k] >= seconds x[k] + y[k] + g[k]``: what is no repeated layer (``y``) may be
 anywhere, and ``g`` is the convex function of ``x`` and ``z`` that recomputation takes at least. Any
 cut with any choice of recomputation is a solution of this linear program: its optimum is a bound.
+Where there are hardly more layers than stages it helps to know that stages have at least one
+(:class:`Ends`).
 """
 
 from __future__ import annotations
@@ -108,6 +110,24 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """Where layers can be, if nothing is between them: a stage has one, or is all ends.
+
+    Attributes:
+        number: of layers.
+        before, after: segments with parameters before and after all layers.
+        first_s, last_s: seconds of a micro-batch in the first and the last segment of all, if
+            these are no layers.
+    """
+
+    number: int
+    before: int
+    after: int
+    first_s: float
+    last_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
     """The repeated layers of a program together, on a rank and for one micro-batch.
 
@@ -116,12 +136,14 @@ class Layers:
         saved_bytes: without recomputation.
         pieces: (bytes freed, seconds to make them again), cheapest bytes first.
         state_bytes: parameters, gradients and optimizer state.
+        ends: what is before and after them.
     """
 
     seconds: float
     saved_bytes: float
     pieces: tuple[tuple[float, float], ...]
     state_bytes: float
+    ends: Ends | None = None
 
     @property
     def leanest_bytes(self) -> float:
@@ -256,7 +278,9 @@ class _Relaxation:
         self._moved_s, self._step_s = traffic.moved_s / seconds, traffic.step_s / seconds
         self._slowdown = traffic.slowdown
         self._step = self._variables(1, objective=1.0)[0]
-        self._share = self._variables(looped.num_stages)
+        shares, others_s = self._at_ends(seconds, layers.ends)
+        self._share = [self._variable(lower=share) for share in shares]
+        self._others_s = [self._variable(lower=other_s) for other_s in others_s]
         self._ahead = [*self._variables(1, upper=0.0), *self._variables(looped.num_stages)]
         again_s, freed = self._recomputation(seconds, layers, memory_bytes)
         self._rows_of_seconds(again_s, layers.seconds / seconds)
@@ -266,8 +290,24 @@ class _Relaxation:
         else:
             self._rows_of_loops()
 
+    def _at_ends(self, seconds: float, ends: Ends | None) -> tuple[list[float], list[float]]:
+        """By stage the least share of layers, and the least seconds of what is none."""
+        count = self._looped.num_stages
+        shares, others_s = [0.0] * count, [0.0] * count
+        if ends is not None:
+            between = max(0, count - ends.before - ends.after)
+            shares[ends.before : ends.before + between] = [1 / ends.number] * between
+            others_s[0] += ends.first_s / seconds
+            others_s[-1] += ends.last_s / seconds
+        return shares, others_s
+
+    def _variable(self, *, lower: float) -> int:
+        return self._builder.variable(0.0, lower=lower, upper=INFINITY, integer=False)
+
     def least(self) -> float:
         solution = solve(self._builder.build())
+        if solution.status == "infeasible":
+            return INFINITY
         if solution.status != "optimal":
             raise InternalError(f"the relaxation of the stage program is {solution.status}")
         return min(solution.bound, solution.objective) * (1 - _TOLERANCE)
@@ -283,7 +323,7 @@ class _Relaxation:
     def _rows_of_seconds(self, again_s: Sequence[int], layers_s: float) -> None:
         """``ahead[k + 1] - ahead[k]`` is what stage ``k`` takes, with collectives beside."""
         moved_s, slowdown = self._moved_s, self._slowdown
-        others_s, row = self._variables(self._looped.num_stages), self._builder.row
+        others_s, row = self._others_s, self._builder.row
         row(self._share, lower=1.0, upper=1.0)
         row(others_s, lower=max(0.0, 1.0 - layers_s))
         for k, (share, other, again) in enumerate(zip(self._share, others_s, again_s, strict=True)):
