@@ -31,6 +31,7 @@ class Floor:
     """What a configuration takes under one data-parallel mode, at least.
 
     Attributes:
+        mode: of data parallelism.
         again_s: recomputation of a micro-batch, over all stages.
         accumulate_s: to add its gradients to those before it.
         traffic: of data parallelism, over all stages.
@@ -38,6 +39,7 @@ class Floor:
     """
 
     configuration: Configuration
+    mode: str
     again_s: float
     accumulate_s: float
     traffic: Traffic
@@ -93,7 +95,7 @@ def floors(
         prices = _Prices(whole, configuration, request, costs, mode)
         found.append(
             Floor(
-                configuration=configuration, again_s=bound.seconds,
+                configuration=configuration, mode=mode, again_s=bound.seconds,
                 accumulate_s=prices.accumulate_s(), traffic=prices.traffic(),
                 layers=layers_of(whole, alone, request),
             )

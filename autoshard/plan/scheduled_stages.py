@@ -186,7 +186,10 @@ class ScheduledProblem:
         counts = [
             {self._fastest(r): number for r, number in enumerate(own) if number} for own in cuts
         ]
-        _, choices = evaluate_stages(self.stages, counts)
+        return self.least_of(evaluate_stages(self.stages, counts)[1])
+
+    def least_of(self, choices: Sequence[StageChoice]) -> float:
+        """No step with these stages takes less."""
         computes_s, tail_s = [0.0] * self.num_ranks, [0.0] * self.num_ranks
         for home, choice in zip(self.schedule.homes, choices, strict=True):
             computes_s[home] += choice.forward_s + choice.backward_s

@@ -62,7 +62,7 @@ WORTH_KNOWING = 1.05
 """Plans that are slower than the best so far by more than this factor are not worked out."""
 NUM_PROMISING = 8
 """Configurations of simulated schedules that are solved first, on meshes where 1F1B does well."""
-NUM_SIMULATED = 2
+NUM_SIMULATED = 6
 """Others of them that are looked at; for the rest their bounds count into the gap."""
 FEW_RUNNERS_UP = 3
 """Runner-up plans that are solved even if they are known to be slower."""
@@ -472,11 +472,13 @@ class Search:
         limit_s: float = float("inf"),
     ) -> StagedPlan | Infeasible | Beaten:
         classes = self._class_costs(configuration, sharding)
+        found = () if configuration.workers or exactly else self._floors_of(configuration).modes
+        modes = [floor.mode for floor in found]
         return self._timed(
             "stages",
             lambda: choose_stages(
                 self.request, configuration, sharding.assignments, classes, self.costs,
-                exactly=exactly, limit_s=limit_s,
+                exactly=exactly, limit_s=limit_s, modes=modes,
             ),
         )  # fmt: skip
 
