@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,7 @@ from autoshard.ir import Graph, Op, TensorType, Value
 from autoshard.plan.recompute import (
     LayerCosts,
     best_within,
+    freed_bytes,
     pinned_menu,
     recompute_menu,
     repeated_ops,
@@ -145,6 +147,22 @@ def test_menu_is_a_front_with_none_and_full(seed):
         assert menu[-1].saved_bytes < entry.saved_bytes < menu[0].saved_bytes
         again = best_within(layer, entry.saved_bytes)
         assert again.extra_backward_s == pytest.approx(entry.extra_backward_s)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_choice_is_below_what_freeing_takes_at_least(seed):
+    layer = random_layer(seed)
+    saved, pieces = freed_bytes(layer)
+    assert saved == unwrapped_bytes(layer)
+    prices = [seconds / freed for freed, seconds in pieces]
+    assert prices == sorted(prices)
+    corners = list(itertools.accumulate(pieces, lambda a, b: (a[0] + b[0], a[1] + b[1])))
+    touched = 0
+    for seconds, size in every_choice(layer):
+        freed = np.interp(max(0.0, saved - size), *zip((0.0, 0.0), *corners, strict=True))
+        assert seconds >= freed - 1e-5 * abs(freed), size
+        touched += seconds <= freed * (1 + 1e-5)
+    assert touched or not pieces
 
 
 def test_what_recompute_brings_back_is_what_is_not_held():

@@ -10,29 +10,42 @@ of ``p`` stages at least
 for ``m`` micro-batches: it takes ``(m - 1) max_s t_s + sum_s t_s``, which is least when its stages
 are equal (Narayanan et al. 2021, section 2.2). Memory enters through the recompute seconds: what
 is saved beyond the room that the least parameter state leaves on all stages together has to be
-made again, the cheapest bytes first.
+made again, the cheapest bytes first. :mod:`autoshard.plan.stage_bounds` has other schedules, and
+what the micro-batches in flight on each rank need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 from autoshard.cost_models.costs import AnalyticCosts, CostModel
 from autoshard.cost_models.memory import saved_values
 from autoshard.cost_models.state import state_bytes
-from autoshard.ir import Graph, Program, TensorType
+from autoshard.ir import Graph, Program, Segment, TensorType
 from autoshard.plan.class_costs import shared_inputs
-from autoshard.plan.recompute import LayerCosts, MenuEntry, recompute_menu
+from autoshard.plan.recompute import LayerCosts, Point, freed_bytes
 from autoshard.plan.request import Request
 from autoshard.plan.space import Configuration
+from autoshard.plan.stage_bounds import Ends, Layers, missing_bytes
 
-NUM_POINTS = 9
-"""Entries of the recompute menus that the bound on recompute seconds is made of."""
 
-Point = tuple[float, float]
-"""Bytes and seconds."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """Parameters, each once.
+
+    Attributes:
+        trainable: types of those that are trained.
+        frozen_bytes: of the others.
+        states: bytes of state that were asked for, by data-parallel mode, ranks and whether there
+            are several micro-batches.
+    """
+
+    trainable: tuple[TensorType, ...]
+    trainable_bytes: int
+    trainable_elements: int
+    frozen_bytes: int
+    states: dict[tuple[str, int, int], float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,20 +54,23 @@ class WholeModel:
 
     Attributes:
         seconds: forward and backward.
-        parameters: types of its trainable parameters, each once.
-        frozen_bytes: of frozen parameters.
+        parameters: all of them.
+        of_layers: those of its repeated layers.
+        num_layers: repeated layers.
+        ends: of the repeated layers, if nothing is between them.
+        layers_s: forward and backward of its repeated layers, if these are all of one class.
         saved_bytes: by its repeated layers, for backward, without recompute.
         pieces: (bytes freed, seconds to make them again), cheapest bytes first.
-        states: bytes of state that were asked for, by data-parallel mode, ranks and whether there
-            are several micro-batches.
     """
 
     seconds: float
-    parameters: tuple[TensorType, ...]
-    frozen_bytes: int
+    parameters: Parameters
+    of_layers: Parameters
+    num_layers: int
+    ends: Ends | None
+    layers_s: float | None
     saved_bytes: float
     pieces: tuple[Point, ...]
-    states: dict[tuple[str, int, int], float] = field(default_factory=dict, compare=False)
 
     @property
     def memory_price(self) -> float:
@@ -93,58 +109,64 @@ def whole_model(program: Program, costs: CostModel) -> WholeModel:
     for segment in program.segments:
         counts[segment.layer.name] = counts.get(segment.layer.name, 0) + 1
     shared = shared_inputs(program)
-    seconds = saved_bytes = 0.0
+    seconds = saved_bytes = layers_s = 0.0
     pieces: list[Point] = []
     for layer in program.classes:
         number = counts[layer.name]
         seconds += number * seconds_of(layer.graph, costs)
         if layer.kind != "layer":
             continue
-        menu = _menu(layer.graph, costs, shared[layer.name])
-        saved_bytes += number * menu[0].saved_bytes
-        pieces += [(number * b, number * s) for b, s in _pieces(menu)]
-    used = {name for s in program.segments for name in s.parameters}
-    infos = [program.parameters[name] for name in sorted(used)]
+        layers_s += number * seconds_of(layer.graph, costs)
+        saved, freed = freed_bytes(_layer_costs(layer.graph, costs, shared[layer.name]))
+        saved_bytes += number * saved
+        pieces += [(number * b, number * s) for b, s in freed]
+    alike = sum(layer.kind == "layer" for layer in program.classes) == 1
     return WholeModel(
         seconds=seconds,
-        parameters=tuple(i.type for i in infos if i.trainable and not i.buffer),
-        frozen_bytes=sum(i.type.nbytes for i in infos if not i.trainable and not i.buffer),
+        parameters=_parameters(program, program.segments),
+        of_layers=_parameters(program, [s for s in program.segments if s.layer.kind == "layer"]),
+        num_layers=sum(s.layer.kind == "layer" for s in program.segments),
+        ends=_ends(program, costs),
+        layers_s=layers_s if alike else None,
         saved_bytes=saved_bytes,
         pieces=tuple(sorted(pieces, key=lambda piece: piece[1] / piece[0])),
     )  # fmt: skip
 
 
-def _menu(graph: Graph, costs: CostModel, shared: frozenset[str]) -> tuple[MenuEntry, ...]:
-    layer = LayerCosts(
+def _ends(program: Program, costs: CostModel) -> Ends | None:
+    segments = [s for s in program.segments if s.layer.kind != "shared"]
+    layers = [i for i, s in enumerate(segments) if s.layer.kind == "layer"]
+    if not layers or layers[-1] - layers[0] + 1 != len(layers):
+        return None
+    before, after = segments[: layers[0]], segments[layers[-1] + 1 :]
+    return Ends(
+        number=len(layers),
+        before=sum(bool(s.layer.graph.parameters) for s in before),
+        after=sum(bool(s.layer.graph.parameters) for s in after),
+        first_s=seconds_of(before[0].layer.graph, costs) if before else 0.0,
+        last_s=seconds_of(after[-1].layer.graph, costs) if after else 0.0,
+    )
+
+
+def _parameters(program: Program, segments: Sequence[Segment]) -> Parameters:
+    used = {name for s in segments for name in s.parameters}
+    infos = [i for name in sorted(used) if not (i := program.parameters[name]).buffer]
+    trainable = tuple(i.type for i in infos if i.trainable)
+    return Parameters(
+        trainable=trainable,
+        trainable_bytes=sum(kind.nbytes for kind in trainable),
+        trainable_elements=sum(kind.numel for kind in trainable),
+        frozen_bytes=sum(i.type.nbytes for i in infos if not i.trainable),
+    )
+
+
+def _layer_costs(graph: Graph, costs: CostModel, shared: frozenset[str]) -> LayerCosts:
+    return LayerCosts(
         graph=graph,
         forward_s={op.name: costs.op(op).forward_s for op in graph.ops},
         saved=saved_values(graph, device_kind=costs.cluster.device.kind),
         shared_inputs=shared,
     )
-    return recompute_menu(layer, NUM_POINTS)
-
-
-def _pieces(menu: Sequence[MenuEntry]) -> list[Point]:
-    """The lower convex hull of what freeing bytes costs, as pieces of falling yield.
-
-    Between two entries nothing is known but that it takes no less than the larger one. So every
-    entry's bytes are taken at the price of the entry before it.
-    """
-    corners = [(0.0, 0.0)]
-    for before, entry in pairwise(menu):
-        freed = float(menu[0].saved_bytes - entry.saved_bytes)
-        if freed > corners[-1][0]:
-            corners.append((freed, before.extra_backward_s))
-    hull: list[Point] = []
-    for point in corners:
-        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(point)
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(hull)]
-
-
-def _slope(a: Point, b: Point) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def recompute_bound(whole: WholeModel, configuration: Configuration, request: Request) -> Bound:
@@ -154,11 +176,9 @@ def recompute_bound(whole: WholeModel, configuration: Configuration, request: Re
     it is room for what the layers save of at least one micro-batch (``gpipe``: of all).
     """
     mesh, m = configuration.mesh, configuration.num_micro_batches
-    parts = request.program.batch_size / configuration.micro_batch_size * mesh.cp * mesh.tp
+    parts = _parts(configuration, request)
     held = m if configuration.schedule == "gpipe" else 1
-    state = min(_state(whole, configuration, request, mode) for mode in configuration.data_parallel)
-    # Of how much of the state are experts' is not known here: at most all of it is spread.
-    room = mesh.pp * request.memory_bytes - (state / mesh.ep + whole.frozen_bytes) / mesh.tp
+    room = mesh.pp * request.memory_bytes - _state(whole.parameters, configuration, request)
     lacking = held * whole.saved_bytes / parts - room
     extra_s = 0.0
     for freed, seconds in whole.pieces:
@@ -169,19 +189,56 @@ def recompute_bound(whole: WholeModel, configuration: Configuration, request: Re
         lacking -= share * held * freed / parts
     if lacking > 1e-6 * request.memory_bytes:
         return Bound(float("inf"), lacking / mesh.pp)
+    layers = layers_of(whole, configuration, request)
+    if layers is not None:
+        lacking = missing_bytes(configuration.looped, layers, request.memory_bytes)
+        if lacking > 1e-6 * request.memory_bytes:
+            return Bound(float("inf"), lacking)
     return Bound(extra_s)
 
 
-def _state(whole: WholeModel, configuration: Configuration, request: Request, mode: str) -> float:
-    """Parameters, gradients and optimizer state before ``tp``, nothing of it in transit."""
+def layers_of(whole: WholeModel, configuration: Configuration, request: Request) -> Layers | None:
+    """What repeated layers of one class take of a rank at least; ``None`` if there are several."""
+    if whole.layers_s is None:
+        return None
+    parts = _parts(configuration, request)
+    return Layers(
+        seconds=whole.layers_s / parts, saved_bytes=whole.saved_bytes / parts,
+        pieces=tuple((freed / parts, seconds / parts) for freed, seconds in whole.pieces),
+        state_bytes=_state(whole.of_layers, configuration, request),
+        ends=whole.ends and replace(
+            whole.ends, first_s=whole.ends.first_s / parts, last_s=whole.ends.last_s / parts
+        ),
+    )  # fmt: skip
+
+
+def _parts(configuration: Configuration, request: Request) -> float:
+    """What is whole on one device at the global batch size, over a rank's part per micro-batch."""
+    mesh = configuration.mesh
+    return request.program.batch_size / configuration.micro_batch_size * mesh.cp * mesh.tp
+
+
+def _state(parameters: Parameters, configuration: Configuration, request: Request) -> float:
+    """The least bytes of parameters, gradients and optimizer state, over all stages."""
+    mesh = configuration.mesh
+    modes = configuration.data_parallel
+    state = min(_trained(parameters, configuration, request, mode) for mode in modes)
+    # How much of the state is that of experts is not known here: at most all of it is spread.
+    return (state / mesh.ep + parameters.frozen_bytes) / mesh.tp
+
+
+def _trained(
+    parameters: Parameters, configuration: Configuration, request: Request, mode: str
+) -> float:
+    """State of trainable parameters before ``tp``, nothing of it in transit."""
     # Of the micro-batches it matters only whether there are several.
     some = min(2, configuration.num_micro_batches)
     key = (mode, configuration.mesh.replicas, some)
-    if key not in whole.states:
+    if key not in parameters.states:
         found = state_bytes(
-            whole.parameters, data_parallel=mode, dp=configuration.mesh.replicas,
+            parameters.trainable, data_parallel=mode, dp=configuration.mesh.replicas,
             optimizer=request.optimizer, unit_bytes=0, num_micro_batches=some,
             software=request.software,
         )  # fmt: skip
-        whole.states[key] = float(found.total)
-    return whole.states[key]
+        parameters.states[key] = float(found.total)
+    return parameters.states[key]

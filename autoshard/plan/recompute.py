@@ -18,8 +18,9 @@ Constraints
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -29,6 +30,11 @@ from autoshard.ir import Graph, Op
 from autoshard.placement.conversion import is_conversion
 from autoshard.plan.plan import Recompute
 from autoshard.plan.solver import Builder, Milp, solve
+
+Point = tuple[float, float]
+"""Bytes and seconds."""
+_NEGLIGIBLE = 1e-6
+"""Points of a hull that are closer to each other, relatively, count as one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +126,56 @@ def recompute_menu(
         for limit in np.linspace(0.0, room, num_points)[1:-1]:
             entries.append(_best_within(layer, units, (milp, columns, row), limit, time_limit_s))
     return (none, *_undominated(entries, none, full), full)
+
+
+def freed_bytes(layer: LayerCosts, num_points: int = 9) -> tuple[float, tuple[Point, ...]]:
+    """What is saved without recomputation, and what freeing some of it takes at least.
+
+    No mix of ways to recompute is below the convex function that the pieces are of: the upper
+    envelope of lines ``price * freed + rest`` that no way is below, which the same program finds
+    with bytes priced instead of limited. The prices are those at which the menu's entries change.
+
+    Returns:
+        Bytes, and pieces of (bytes freed, seconds), cheapest first.
+    """
+    menu = recompute_menu(layer, num_points)
+    saved = float(menu[0].saved_bytes)
+    corners = _lower_hull([(saved - e.saved_bytes, e.extra_backward_s) for e in menu])
+    prices = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(corners)]
+    lines = [(0.0, 0.0), *zip(prices, _least_rests(layer, prices), strict=True)]
+    most = corners[-1][0]
+    meets = {(q - s) / (p - r) for (p, s), (r, q) in combinations(lines, 2) if p != r}
+    at = sorted({0.0, most, *(x for x in meets if 0.0 < x < most)})
+    floor = _lower_hull([(x, max(p * x + rest for p, rest in lines)) for x in at])
+    return saved, tuple((b[0] - a[0], b[1] - a[1]) for a, b in pairwise(floor))
+
+
+def _least_rests(layer: LayerCosts, prices: Sequence[float]) -> Iterator[float]:
+    """By price, the least ``seconds - price * freed bytes`` of any way to recompute, or of none."""
+    units = [u for u in _units(layer) if u.seconds > 0.0]
+    room = _nothing(layer).saved_bytes - _entry(layer, (), frozenset(), mode="full").saved_bytes
+    again_s = _repeated_s(layer, ())
+    milp, _, row = _program(layer, units)
+    own = milp.rows == row
+    for price in prices:
+        objective = milp.objective.copy()
+        objective[milp.columns[own]] += price * milp.coefficients[own]
+        least = solve(replace(milp, objective=objective), relax_first=True).bound
+        yield min(0.0, again_s - price * room + least)
+
+
+def _lower_hull(points: Sequence[Point]) -> list[Point]:
+    """Those on the lower convex hull, by falling yield of what is freed."""
+    hull: list[Point] = []
+    for point in sorted(points):
+        if hull and point[0] - hull[-1][0] <= _NEGLIGIBLE * point[0]:
+            continue
+        while len(hull) > 1 and (point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0]) <= (
+            hull[-1][1] - hull[-2][1]
+        ) * (point[0] - hull[-2][0]):
+            hull.pop()
+        hull.append(point)
+    return hull
 
 
 def pinned_menu(

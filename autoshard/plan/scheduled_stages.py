@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from autoshard.cost_models.pipeline import Course, StageSeconds, held_at_peak
+from autoshard.plan.stage_bounds import Looped, least_of
 from autoshard.plan.stage_problem import Slot, StageProblem
 from autoshard.plan.stages import StageChoice, evaluate_stages, split_stages
 from autoshard.plan.weight_split import WeightWork
@@ -199,9 +200,8 @@ class ScheduledProblem:
     def least_s(self, pinned: Sequence[Counts] | None) -> float:
         """No step takes less with any of the cuts, whatever is recomputed.
 
-        A rank computes all micro-batches. Where all ranks wait for each other at the end of a step,
-        it does so after the first micro-batch has come through the stages before its own first one,
-        and before the gradients of the last one have gone back through them.
+        A rank computes all micro-batches; more is known where all ranks wait for each other at the
+        end of a step (:func:`autoshard.plan.stage_bounds.least_of`).
         """
         last = max(len(run.menu) for run in self.stages.runs) - 1
         found = [pinned] if pinned else [self._cuts(0), self._cuts(last)]
@@ -211,16 +211,19 @@ class ScheduledProblem:
         counts = [
             {self._fastest(r): number for r, number in enumerate(own) if number} for own in cuts
         ]
-        _, choices = evaluate_stages(self.stages, counts)
-        passing = [c.forward_s + c.backward_s - self.weight_s(c) for c in choices]
-        homes, least = self.schedule.homes, 0.0
-        for rank in range(self.num_ranks):
-            own = [k for k, home in enumerate(homes) if home == rank]
-            computes = sum(choices[k].forward_s + choices[k].backward_s for k in own)
-            tail = sum(choices[k].step_s for k in own)
-            waits = sum(passing[: own[0]]) if SCHEDULES[self.name].flushes else 0.0
-            least = max(least, waits + self.stages.num_micro_batches * computes + tail)
-        return least
+        return self.least_of(evaluate_stages(self.stages, counts)[1])
+
+    def least_of(self, choices: Sequence[StageChoice]) -> float:
+        """No step with these stages takes less."""
+        computes_s, tail_s = [0.0] * self.num_ranks, [0.0] * self.num_ranks
+        for home, choice in zip(self.schedule.homes, choices, strict=True):
+            computes_s[home] += choice.forward_s + choice.backward_s
+            tail_s[home] += choice.step_s
+        m = self.stages.num_micro_batches
+        looped = Looped(self.name, self.num_ranks, m, self.virtual_stages)
+        if looped.waits:
+            return least_of(looped, stage_seconds(choices, [0.0] * len(choices)), tail_s)
+        return max(m * own + tail for own, tail in zip(computes_s, tail_s, strict=True))
 
     def _fastest(self, run: int) -> Slot:
         menu = self.stages.runs[run].menu

@@ -31,10 +31,8 @@ from autoshard.ir import Program
 from autoshard.options import Constraints
 from autoshard.plan.alternatives import alternative, front, runners_up, time_first
 from autoshard.plan.bounds import (
-    Bound,
     WholeModel,
     ideal,
-    recompute_bound,
     seconds_of,
     whole_model,
 )
@@ -44,6 +42,7 @@ from autoshard.plan.expert_axis import spread_experts
 from autoshard.plan.infeasible import lacking_least, why_infeasible
 from autoshard.plan.local_program import LocalProgram, coupling, localise_batch
 from autoshard.plan.memo import Memo, RankClass, rank_classes
+from autoshard.plan.mode_bounds import Floor, Floors, floors
 from autoshard.plan.plan import Alternative, Candidate, Plan
 from autoshard.plan.request import Request
 from autoshard.plan.sharding_front import PRICES, Sharding, Shardings
@@ -63,7 +62,7 @@ WORTH_KNOWING = 1.05
 """Plans that are slower than the best so far by more than this factor are not worked out."""
 NUM_PROMISING = 8
 """Configurations of simulated schedules that are solved first, on meshes where 1F1B does well."""
-NUM_SIMULATED = 2
+NUM_SIMULATED = 6
 """Others of them that are looked at; for the rest their bounds count into the gap."""
 FEW_RUNNERS_UP = 3
 """Runner-up plans that are solved even if they are known to be slower."""
@@ -189,7 +188,7 @@ class Search:
     _refusals: list[OptionError] = field(default_factory=list)
     _open: _Open = field(default_factory=lambda: _Open((), ()))
     _whole: WholeModel | None = None
-    _recompute: dict[Configuration, Bound] = field(default_factory=dict)
+    _floors: dict[Configuration, Floors] = field(default_factory=dict)
     _local_s: dict[tuple[int, bool], float] = field(default_factory=dict)
     _shardings: dict[tuple[int, int], Shardings | None] = field(default_factory=dict)
     _classes: dict[tuple[int, int, str], dict[str, ClassCosts]] = field(default_factory=dict)
@@ -247,7 +246,7 @@ class Search:
         if len(space) > 1 and not replicated:  # else nothing to prune
             levels = (
                 self._bound_from_whole, self._bound_from_ops,
-                self._bound_from_shardings, self._bound_from_sharding,
+                self._bound_from_shardings, self._bound_from_sharding, self._bound_from_stages,
             )  # fmt: skip
         self._open = _Open(closed or simulated, levels)
         if closed:
@@ -323,23 +322,27 @@ class Search:
         mesh = configuration.mesh
         program = self.request.program
         parts = program.batch_size / configuration.micro_batch_size * mesh.cp * mesh.tp
-        bound = self._again(configuration)
-        if bound.missing_bytes:
-            self._reject(self._lacking(configuration, bound))
-        return _step_s(configuration, self.whole.seconds / parts + bound.seconds)
+        found = self._floors_of(configuration)
+        if not found.modes:
+            self._reject(self._lacking(configuration, found.missing_bytes))
+        return self._least_s_of(configuration, self.whole.seconds / parts)
 
-    def _again(self, configuration: Configuration) -> Bound:
-        """The least seconds of recompute."""
-        if configuration not in self._recompute:
-            self._recompute[configuration] = recompute_bound(
-                self.whole, configuration, self.request
+    def _floors_of(self, configuration: Configuration) -> Floors:
+        if configuration not in self._floors:
+            self._floors[configuration] = floors(
+                self.whole, configuration, self.request, self.costs
             )
-        return self._recompute[configuration]
+        return self._floors[configuration]
 
-    def _lacking(self, configuration: Configuration, bound: Bound) -> Infeasible:
+    def _least_s_of(self, configuration: Configuration, seconds: float) -> float:
+        """From the seconds of a micro-batch over all stages, under the best mode for them."""
+        modes = self._floors_of(configuration).modes
+        return min((floor.least_s(seconds) for floor in modes), default=math.inf)
+
+    def _lacking(self, configuration: Configuration, missing_bytes: float) -> Infeasible:
         return Infeasible(
-            configuration=configuration, missing_bytes=bound.missing_bytes, stage=0, exact=False,
-            reason=f"every stage lacks at least {nbytes(bound.missing_bytes)}",
+            configuration=configuration, missing_bytes=missing_bytes, stage=0, exact=False,
+            reason=f"every stage lacks at least {nbytes(missing_bytes)}",
         )  # fmt: skip
 
     @property
@@ -357,7 +360,7 @@ class Search:
         except OptionError as refusal:  # an op that cannot be split over positions
             self._refusals.append(refusal)
             return float("inf")
-        return _step_s(configuration, seconds + self._again(configuration).seconds)
+        return self._least_s_of(configuration, seconds)
 
     def _bound_from_shardings(self, configuration: Configuration) -> float:
         """From the fastest sharding over however many micro-batches."""
@@ -367,15 +370,40 @@ class Search:
         if shardings is None:
             return float("inf")
         seconds = self._timed("sharding", shardings.least_s)
-        return _step_s(configuration, seconds + self._again(configuration).seconds)
+        return self._least_s_of(configuration, seconds)
 
     def _bound_from_sharding(self, configuration: Configuration) -> float:
         if configuration.mesh.tp == 1:
             seconds = self._op_seconds(configuration, self.costs)
-        else:
-            sharding = self._sharding(configuration, 0.0)
-            seconds = sharding.seconds if sharding else float("inf")
-        return _step_s(configuration, seconds + self._again(configuration).seconds)
+            return self._least_s_of(configuration, seconds)
+        sharding = self._sharding(configuration, 0.0)
+        return self._least_s_under(configuration, sharding) if sharding else float("inf")
+
+    def _bound_from_stages(self, configuration: Configuration) -> float:
+        """From what its stages may hold, in the seconds of the fastest sharding."""
+        seconds, least = self._least_seconds(configuration), math.inf
+        modes = self._floors_of(configuration).modes
+        for floor in sorted(modes, key=lambda f: f.least_s(seconds)):
+            above = floor.least_s(seconds)
+            if above >= least:
+                break
+            least = min(least, max(above, self._least_in_stages_s(floor, seconds)))
+        if least == math.inf and seconds < math.inf:
+            self._reject(self._lacking(configuration, 0.0))
+        return least
+
+    def _least_in_stages_s(self, floor: Floor, seconds: float) -> float:
+        if floor.configuration.mesh.pp == 1:
+            return 0.0
+        memory = self.request.memory_bytes
+        return self._timed("bounds", lambda: floor.least_in_stages_s(seconds, memory))
+
+    def _least_seconds(self, configuration: Configuration) -> float:
+        """Of a micro-batch under the fastest sharding, over all stages."""
+        if configuration.mesh.tp == 1:
+            return self._op_seconds(configuration, self.costs)
+        shardings = self._shardings_of(configuration)
+        return shardings.least_s() if shardings else float("inf")
 
     def _op_seconds(self, configuration: Configuration, costs: CostModel) -> float:
         """Of one micro-batch through the whole model, before the tensor axis splits it."""
@@ -415,7 +443,7 @@ class Search:
             rivals = [p.step_s for p in (best, found) if p is not None]
             if configuration.workers:
                 rivals = []  # bounds know one replica of each stage
-            if rivals and self._least_s_of(configuration, sharding) >= min(rivals):
+            if rivals and self._least_s_under(configuration, sharding) >= min(rivals):
                 continue
             limit_s = WORTH_KNOWING * min(rivals, default=float("inf"))
             outcome = self._staged(configuration, sharding, limit_s=limit_s)
@@ -435,8 +463,9 @@ class Search:
         elif nearest is not None:
             self._reject(nearest)
 
-    def _least_s_of(self, configuration: Configuration, sharding: Sharding) -> float:
-        return _step_s(configuration, sharding.seconds + self._again(configuration).seconds)
+    def _least_s_under(self, configuration: Configuration, sharding: Sharding) -> float:
+        modes = self._floors_of(configuration).modes
+        return min((floor.spread_s(sharding.seconds) for floor in modes), default=math.inf)
 
     def _staged(
         self,
@@ -447,11 +476,13 @@ class Search:
         limit_s: float = float("inf"),
     ) -> StagedPlan | Infeasible | Beaten:
         classes = self._class_costs(configuration, sharding)
+        found = () if configuration.workers or exactly else self._floors_of(configuration).modes
+        modes = [floor.mode for floor in found]
         return self._timed(
             "stages",
             lambda: choose_stages(
                 self.request, configuration, sharding.assignments, classes, self.costs,
-                exactly=exactly, limit_s=limit_s,
+                exactly=exactly, limit_s=limit_s, modes=modes,
             ),
         )  # fmt: skip
 
@@ -644,11 +675,6 @@ class Search:
                 slower = candidate.step_s / best.step_s - 1
                 others.append(replace(candidate, reason=f"{100 * slower:.1f} % slower"))
         return tuple(sorted(others, key=lambda c: c.step_s or float("inf"))[:NUM_CANDIDATES])
-
-
-def _step_s(configuration: Configuration, seconds: float) -> float:
-    """The shortest step whose micro-batches take ``seconds`` each, over all stages."""
-    return seconds * configuration.paces / configuration.mesh.pp
 
 
 def _is(candidate: Candidate, configuration: Configuration) -> bool:

@@ -11,6 +11,7 @@ from autoshard.ir import Program
 from autoshard.options import ASYNCHRONOUS, DATA_PARALLEL, Constraints
 from autoshard.plan.context_axis import positions
 from autoshard.plan.plan import Mesh
+from autoshard.plan.stage_bounds import Looped, turns
 from autoshard.schedules import SCHEDULES, WITH_SPLIT_BACKWARD, homes
 
 VIRTUAL_STAGES = (1, 2, 4)
@@ -71,8 +72,19 @@ class Configuration:
         return homes(self.schedule, self.mesh.pp, self.virtual_stages)
 
     @property
+    def looped(self) -> Looped:
+        """The schedule as bounds know it."""
+        return Looped(
+            self.schedule, self.mesh.pp, self.num_micro_batches, self.virtual_stages
+        )  # fmt: skip
+
+    def least_s(self, seconds: float) -> float:
+        """The shortest step whose micro-batches take ``seconds`` each, over all stages."""
+        return seconds * turns(self.looped)
+
+    @property
     def paces(self) -> int:
-        """What of the seconds of a micro-batch, over all ranks alike, a step takes at least.
+        """Over how many micro-batches what is summed once per step is spread, if stages are equal.
 
         ``m + p - 1`` under schedules that have that closed form; others may have no bubble.
         """

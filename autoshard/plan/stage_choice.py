@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal
@@ -198,10 +198,12 @@ def choose_stages(
     *,
     exactly: bool = False,
     limit_s: float = float("inf"),
+    modes: Collection[str] | None = None,
 ) -> StagedPlan | Infeasible | Beaten:
     """The fastest data-parallel mode and stage split that fits; modes are tried simplest first.
 
     Args:
+        modes: those that may fit, if that is known.
         exactly: find out what is missing to the byte, which takes longer, where nothing fits.
         limit_s: slower plans are of no interest.
     """
@@ -209,6 +211,8 @@ def choose_stages(
     best: StagedPlan | None = None
     nearest: Infeasible | None = None
     for mode in configuration.data_parallel:
+        if modes and mode not in modes:
+            continue
         priced = "ddp" if mode in ASYNCHRONOUS else mode
         prices = StageCosts(request, configuration, classes, costs, priced)
         choice = _Choice(request, configuration, assignments, classes, prices)
@@ -264,7 +268,8 @@ class _Choice:
         p, runs = self.configuration.mesh.pp, self.problem.runs
         work_s = sum(run.count * min(c.seconds for c in run.menu) for run in runs)
         step_s = sum(run.count * run.step_s for run in runs)
-        return (self.configuration.paces * work_s + step_s) / p
+        equal_s = (self.configuration.paces * work_s + step_s) / p
+        return max(equal_s, self.configuration.least_s(work_s))
 
     def beaten(self, limit_s: float, *, unhindered: bool) -> Beaten:
         return Beaten(
@@ -418,6 +423,8 @@ class _Choice:
             return self._too_few()
         if max(lacking) > 0:
             return self._infeasible(max(lacking), lacking.index(max(lacking)))
+        if problem.least_of(choices) >= limit_s:
+            return self.beaten(limit_s, unhindered=False)
         weight_s = tuple(problem.weight_s(choice) for choice in choices)
         staged = replace(self._staged(choices, 0.0, 0.0), weight_s=weight_s, split=problem.split)
         step_s, bound_s = staged.pipeline.step_s, max(self.least_s(), problem.least_s(cuts))
