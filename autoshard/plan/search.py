@@ -11,8 +11,8 @@ for those that come to the front: from the whole program (:mod:`autoshard.plan.b
 lack of memory costs), from the program at their micro-batch size, and from their fastest sharding.
 The search ends when the next bound is no better than the best plan found: what was not solved
 cannot win. Schedules that are simulated (several chunks per rank, split backwards) come after the
-others, and their chunks are cut to equal lengths, which is part of the declared space. Their bounds
-know no bubble, so only so many are solved; the gap of the plan counts the rest.
+others, and their chunks are cut to equal lengths, which is part of the declared space. Each takes
+long to solve, so only so many are; the gap of the plan counts the rest.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ WORTH_KNOWING = 1.05
 """Plans that are slower than the best so far by more than this factor are not worked out."""
 NUM_PROMISING = 8
 """Configurations of simulated schedules that are solved first, on meshes where 1F1B does well."""
-NUM_SIMULATED = 6
+NUM_SIMULATED = 2
 """Others of them that are looked at; for the rest their bounds count into the gap."""
 FEW_RUNNERS_UP = 3
 """Runner-up plans that are solved even if they are known to be slower."""
