@@ -99,11 +99,22 @@ class Tier:
     efficiency: Mapping[str, float] = field(default_factory=dict)
     group_share: Mapping[str, float] = field(default_factory=dict)
 
-    def rate(self, members: int) -> float:
-        """Bytes per second, device and direction of a group of so many devices of this tier."""
+    def rate(self, members: int, stride: int = 1) -> float:
+        """Bytes per second, device and direction of a group of so many devices of this tier.
+
+        Of devices joined directly, ``stride`` apart, a group has no more than its part of the links
+        among all ``members * stride`` that it spans: of a device's ``span - 1`` neighbours there,
+        ``members - 1`` are of its group.
+        """
+        share, span = self._share_of(members), members * stride
+        if self.group_share and 1 < members < span:
+            share = min(share, self._share_of(span) * (members - 1) / (span - 1))
+        return self.bytes_per_s * share
+
+    def _share_of(self, members: int) -> float:
         enough = [size for size in self.group_share if members <= int(size)]
         smallest = min(enough, key=int, default=None)
-        return self.bytes_per_s * (1.0 if smallest is None else self.group_share[smallest])
+        return 1.0 if smallest is None else self.group_share[smallest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +235,7 @@ def link(cluster: Cluster, group_size: int, stride: int = 1) -> Link:
         if reach > covered:
             levels.append(
                 Level(
-                    size=-(-reach // covered), members=covered, bytes_per_s=tier.rate(reach),
+                    size=-(-reach // covered), members=covered, bytes_per_s=tier.rate(reach, stride),
                     latency_s=tier.latency_s, efficiency=tier.efficiency,
                     chained=tier is not cluster.tiers[-1],
                 )

@@ -145,7 +145,8 @@ class StageCosts:
             reduced_s = self._collective("all_reduce", layer, software.reduced_bytes)
         else:
             if not self._scatters_each:
-                reduced_s = self._collective("reduce_scatter", layer, software.reduced_bytes)
+                kind: Collective = "all_reduce" if software.reduces_whole else "reduce_scatter"
+                reduced_s = self._collective(kind, layer, software.reduced_bytes)
             if self.mode != "zero3":
                 gathered_s = self._collective("all_gather", layer, software.gathered_bytes)
         exposed_s = self._exposed(reduced_s, layer.backward_s, software.overlaps_reduction)

@@ -167,7 +167,10 @@ class _Rules:
             return False
         for pattern, state in self.request.constraints.sharding.items():
             if names_op((pattern,), layer, op):
-                return str(strategy.outputs[0]) == state
+                whole = state == str(R)
+                return str(strategy.outputs[0]) == state and not (
+                    whole and any(s.is_split for s in strategy.inputs)
+                )
         return True
 
 

@@ -20,6 +20,12 @@ SCHEDULES: dict[str, str] = {
 """How a schedule is named in a file -> how the planner names it."""
 PRECISIONS = ("bf16", "fp16", "fp8")
 
+LARGEST = "shard largest tensor dim"
+"""In notes: every weight is split over all devices by its largest dim (Zheng et al. 2022, section
+8.2), which in a GPT model are the dims that Megatron splits; of a square one, its columns."""
+WHOLE_LOSS = {"head.logits*": "R", "head.cross_entropy": "R"}
+"""Logits are gathered over tensor ranks, and each has all of the loss."""
+
 
 class Unpredictable(Exception):
     """A row that cannot be predicted; the text says why."""
@@ -93,9 +99,14 @@ def layout_of(row: Row, shape: Shape, stack: Stack) -> Layout:
         pins["data_parallel"] = ("ddp", "zero1", "zero2", "zero3")[row.zero_stage]
     elif replicas == 1:
         pins["data_parallel"] = "ddp"
-    if (row.tp or 1) > 1:
+    if LARGEST in row.notes and row.gpus > 1:
+        pins |= {"tp": row.gpus, "dp": 1, "data_parallel": "ddp"}
+        pins["sharding"] = megatron(shape)
+    elif (row.tp or 1) > 1:
         pins["sequence_parallel"] = bool(row.seq_parallel)
         pins["sharding"] = megatron(shape, folded=_is_folded(row))
+        if stack.whole_logits:
+            pins["sharding"] |= WHOLE_LOSS
     names = {"microbatch": "micro_batch_size", "recompute": "recompute", "zero_stage":
         "data_parallel", "tp": "tp", "pp": "pp", "dp": "dp"}  # fmt: skip
     left = [
@@ -115,8 +126,11 @@ def _pipeline_pins(row: Row, shape: Shape, stack: Stack) -> dict[str, object]:
     if schedule in ("interleaved-1f1b", "zb-v"):
         chunks = row.vpp or _most_chunks(row, shape)
     pins: dict[str, object] = {"schedule": schedule, "virtual_stages": chunks}
-    if stack.equal_stages:
-        pins["stages"] = stages_of(shape.layers, (row.pp or 1) * chunks, embeds=shape.vocab > 0)
+    number, embeds = (row.pp or 1) * chunks, shape.vocab > 0
+    if stack.stages == "layers":
+        pins["stages"] = stages_of(shape.layers, number, embeds=embeds)
+    elif stack.stages == "modules":
+        pins["stages"] = uniform_stages(shape.layers, number)
     return pins
 
 
@@ -201,4 +215,15 @@ def stages_of(layers: int, pp: int, *, embeds: bool) -> tuple[int, ...]:
     if embeds:
         counts[0] += 1
         counts[-1] += 1
+    return tuple(counts)
+
+
+def uniform_stages(layers: int, pp: int) -> tuple[int, ...]:
+    """Segments per stage where embedding, layers, norm and head are dealt out alike, first to last.
+
+    DeepSpeed's ``uniform`` partition and those after it; the norm is of the head's segment here.
+    """
+    each, over = divmod(layers + 3, pp)
+    counts = [each + (stage < over) for stage in range(pp)]
+    counts[-1] -= 1
     return tuple(counts)
