@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, combinations
 
 from autoshard.options import Constraints
 from benchmarks.published.models import Shape
@@ -129,8 +132,8 @@ def _pipeline_pins(row: Row, shape: Shape, stack: Stack) -> dict[str, object]:
     number, embeds = (row.pp or 1) * chunks, shape.vocab > 0
     if stack.stages == "layers":
         pins["stages"] = stages_of(shape.layers, number, embeds=embeds)
-    elif stack.stages == "modules":
-        pins["stages"] = uniform_stages(shape.layers, number)
+    elif stack.stages == "parameters":
+        pins["stages"] = lightest_stages(module_weights(shape), number)
     return pins
 
 
@@ -218,12 +221,33 @@ def stages_of(layers: int, pp: int, *, embeds: bool) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def uniform_stages(layers: int, pp: int) -> tuple[int, ...]:
-    """Segments per stage where embedding, layers, norm and head are dealt out alike, first to last.
+def lightest_stages(weights: Sequence[int], pp: int) -> tuple[int, ...]:
+    """Numbers of modules in a row per stage so that the heaviest stage is as light as can be.
 
-    DeepSpeed's ``uniform`` partition and those after it; the norm is of the head's segment here.
+    Stages are filled from the first on up to that weight, as DeepSpeed's ``partition_balanced``
+    does, so the last gets what is left.
     """
-    each, over = divmod(layers + 3, pp)
-    counts = [each + (stage < over) for stage in range(pp)]
-    counts[-1] -= 1
+    ends = (0, *accumulate(weights))
+    sums = sorted(b - a for a, b in combinations(ends, 2))
+    limit = sums[bisect_left(sums, True, key=lambda most: len(_filled(weights, most)) <= pp)]
+    return _filled(weights, limit)
+
+
+def _filled(weights: Sequence[int], limit: int) -> tuple[int, ...]:
+    counts, held = [0], 0
+    for weight in weights:
+        if held + weight > limit and counts[-1]:
+            counts.append(0)
+            held = 0
+        counts[-1] += 1
+        held += weight
     return tuple(counts)
+
+
+def module_weights(shape: Shape) -> tuple[int, ...]:
+    """Parameters of embedding, layers, and head with the norm before it."""
+    size, hidden = shape.size_of_head, shape.hidden
+    attention = 2 * hidden * size * (shape.heads + shape.kv_heads)
+    layer = attention + (3 if shape.gated else 2) * hidden * shape.ffn
+    ends = shape.vocab * hidden
+    return (ends, *(layer for _ in range(shape.layers)), ends)

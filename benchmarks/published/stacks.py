@@ -54,8 +54,8 @@ class Stack:
         selective: ops that their selective recompute runs again.
         micro_batch: samples of a micro-batch where a source does not say.
         whole_logits: tensor ranks gather the logits and each computes the whole loss.
-        stages: have equal numbers of ``layers``, or of ``modules``, where embedding, norm and head
-            count as one each; ``balanced``: by cost.
+        stages: have equal numbers of ``layers``, or about equally many ``parameters``, embedding
+            and head included; ``balanced``: by cost.
         memory_unit_bytes: what their sources call a GB.
         memory_besides: bytes that their sources count beside what a plan does.
         memory: what their sources count: the ``peak``, ``activations`` (with the state, without
@@ -108,8 +108,7 @@ MEGATRON_CORE = _software(
     "Megatron Core", 4, reduced_bytes=4, fuses_pointwise=True, regathers=True,
     fuses_accumulation=True, checkpoints_regions=True,
 )  # fmt: skip
-# Of its published code: buckets are all-reduced in float32 and copied back, though ZeRO-1 updates
-# shards; the head gathers its output; stages have equal numbers of modules.
+# As its published code has it: gradients are all-reduced in float32, though ranks update shards.
 ALEPH = _software(
     "Aleph Alpha Scaling", 2, reduced_bytes=4, reduces_whole=True, overlaps_reduction=False,
     fuses_pointwise=True,
@@ -147,7 +146,7 @@ STACKS: tuple[Stack, ...] = (
     Stack(families="alpa-*", software=ALPA, fused_attention=False, memory_unit_bytes=GIB),
     # FlashAttention from here on.
     Stack(families="moefold-*", software=MEGATRON_CORE, llama=True, micro_batch=1),
-    Stack(families="aleph-*", software=ALEPH, whole_logits=True, stages="modules"),
+    Stack(families="aleph-*", software=ALEPH, whole_logits=True, stages="parameters"),
     Stack(families="nanotron-*", software=NANOTRON, stages="balanced", tied=True,
         memory_unit_bytes=GIB, memory="state"),
     Stack(families="mosaic-*", notes="PURE", software=FOUNDRY_PURE, bias=False,
