@@ -49,6 +49,7 @@ class Device:
             of Python and C++ launches kernel after kernel; 0: never in the way.
         overlap_slowdown: seconds that compute loses per second of a collective that runs beside it
             and takes processors and bandwidth from it.
+        jitter_s: standard deviation of when ranks that compute alike come to a collective.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Device:
     alignment: float = 0.0
     host_s: float = 0.0
     overlap_slowdown: float = 0.0
+    jitter_s: float = 0.0
 
     def shared(self, share: float) -> Device:
         """What a process computes with that has this share of the device's time."""
@@ -73,6 +75,7 @@ class Device:
             bytes_per_s=share * self.bytes_per_s,
             launch_s=self.launch_s / share,
             host_s=self.host_s / share,
+            jitter_s=self.jitter_s / share,
             flops_per_s={name: share * rate for name, rate in self.flops_per_s.items()},
         )
 
@@ -194,10 +197,14 @@ class Link:
 
     Levels that join only one unit are left out, so the last one is the slowest that the group
     uses; the product of the sizes is the group's size (or just above, if it does not divide).
+
+    Attributes:
+        jitter_s: of the devices that it joins.
     """
 
     group_size: int
     levels: tuple[Level, ...]
+    jitter_s: float = 0.0
 
     @property
     def bytes_per_s(self) -> float:
@@ -235,7 +242,8 @@ def link(cluster: Cluster, group_size: int, stride: int = 1) -> Link:
         if reach > covered:
             levels.append(
                 Level(
-                    size=-(-reach // covered), members=covered, bytes_per_s=tier.rate(reach, stride),
+                    size=-(-reach // covered), members=covered,
+                    bytes_per_s=tier.rate(reach, stride),
                     latency_s=tier.latency_s, efficiency=tier.efficiency,
                     chained=tier is not cluster.tiers[-1],
                 )
@@ -243,7 +251,9 @@ def link(cluster: Cluster, group_size: int, stride: int = 1) -> Link:
             covered = reach
         if covered >= group_size:
             break
-    return Link(group_size=group_size, levels=tuple(levels))
+    return Link(
+        group_size=group_size, levels=tuple(levels), jitter_s=cluster.device.jitter_s
+    )  # fmt: skip
 
 
 def presets() -> tuple[str, ...]:
@@ -371,6 +381,7 @@ def check(cluster: Cluster) -> Cluster:
     _not_negative("device.alignment", device.alignment, "0 or an exponent, such as 0.3")
     _not_negative("device.host_s", device.host_s, "seconds per kernel, such as 2e-5")
     _not_negative("device.overlap_slowdown", device.overlap_slowdown, "a share, such as 0.2")
+    _not_negative("device.jitter_s", device.jitter_s, "seconds, such as 1e-4")
     if device.kind not in _KINDS:
         raise _wrong("device.kind", "cuda or cpu", device.kind, "set it to the torch.device type")
     _check_tiers(cluster.tiers)

@@ -167,10 +167,8 @@ class _Rules:
             return False
         for pattern, state in self.request.constraints.sharding.items():
             if names_op((pattern,), layer, op):
-                whole = state == str(R)
-                return str(strategy.outputs[0]) == state and not (
-                    whole and any(s.is_split for s in strategy.inputs)
-                )
+                split = any(s.is_split for s in strategy.inputs)
+                return str(strategy.outputs[0]) == state and not (state == str(R) and split)
         return True
 
 
