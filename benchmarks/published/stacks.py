@@ -158,9 +158,9 @@ STACKS: tuple[Stack, ...] = (
         selective=EVERY_SECOND_PRODUCT, memory_unit_bytes=GIB),
     Stack(families="internevo-*", software=INTERN),
     Stack(families="kempner-*", pipelined=True, software=KEMPNER,
-        fused_projections=False, micro_batch=4),
+        fused_projections=False, whole_logits=True, micro_batch=4),
     Stack(families="kempner-*", software=KEMPNER_COMPILED, fused_projections=False,
-        micro_batch=4),
+        whole_logits=True, micro_batch=4),
     Stack(families="ibm-*", software=FMS),
     Stack(families="maxtext-*", software=MAXTEXT, fused_projections=False),
     # Sources that this table does not know, by what was usual in their year.
