@@ -28,6 +28,9 @@ from autoshard.placement.conversion import COLLECTIVES, Motion, conversion
 from autoshard.placement.state import State, local_shape
 
 _NORMAL = NormalDist()
+_WAITS = {"all_gather": 0.5, "reduce_scatter": 0.5}
+"""Halves of an all-reduce, with little between them, wait once together (Korthikanti et al. 2022,
+section 4.2.2: sequence parallelism costs no more than the all-reduces that it replaces)."""
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
@@ -162,7 +165,8 @@ def _motion_s(
         if _scattered(state, value_type):
             held = max(source_bytes, target_bytes) if motion != "all_to_all" else num_bytes
             reorder = Way((), 0.0, reorder.bytes + 2 * held, reorder.kernels + 1)
-    return waiting_s(link) + collective_s(kind, moved, link) + way_s(reorder, device, peak)
+    wait_s = _WAITS.get(motion, 1.0) * waiting_s(link)
+    return wait_s + collective_s(kind, moved, link) + way_s(reorder, device, peak)
 
 
 def _share(state: State, value_type: TensorType, n: int) -> float:

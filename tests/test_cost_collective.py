@@ -167,12 +167,11 @@ def test_inner_dims_need_a_reordering_copy() -> None:
 def test_sequence_parallelism_costs_as_much_as_its_all_reduce() -> None:
     """Korthikanti et al. 2022, section 4.2.2: both halves move what one all-reduce moves.
 
-    A tree's fewer steps can make the all-reduce faster, and two collectives wait twice, so what
-    does not depend on bytes is left out.
+    A tree's fewer steps can make the all-reduce faster, so latencies are left out.
     """
     preset = find("h100")
     tiers = tuple(replace(tier, latency_s=0.0) for tier in preset.tiers)
-    device = replace(preset.device, launch_s=0.0, jitter_s=0.0)
+    device = replace(preset.device, launch_s=0.0)
     cluster = replace(preset, tiers=tiers, device=device)
     on = link(cluster, 8)
     token = TensorType((8192, 4096), torch.bfloat16, True, True, True)
