@@ -49,6 +49,7 @@ class Device:
             of Python and C++ launches kernel after kernel; 0: never in the way.
         overlap_slowdown: seconds that compute loses per second of a collective that runs beside it
             and takes processors and bandwidth from it.
+        jitter_s: standard deviation of when ranks that compute alike come to a collective.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Device:
     alignment: float = 0.0
     host_s: float = 0.0
     overlap_slowdown: float = 0.0
+    jitter_s: float = 0.0
 
     def shared(self, share: float) -> Device:
         """What a process computes with that has this share of the device's time."""
@@ -73,6 +75,7 @@ class Device:
             bytes_per_s=share * self.bytes_per_s,
             launch_s=self.launch_s / share,
             host_s=self.host_s / share,
+            jitter_s=self.jitter_s / share,
             flops_per_s={name: share * rate for name, rate in self.flops_per_s.items()},
         )
 
@@ -99,11 +102,22 @@ class Tier:
     efficiency: Mapping[str, float] = field(default_factory=dict)
     group_share: Mapping[str, float] = field(default_factory=dict)
 
-    def rate(self, members: int) -> float:
-        """Bytes per second, device and direction of a group of so many devices of this tier."""
+    def rate(self, members: int, stride: int = 1) -> float:
+        """Bytes per second, device and direction of a group of so many devices of this tier.
+
+        Of devices joined directly, ``stride`` apart, a group has no more than its part of the links
+        among all ``members * stride`` that it spans: of a device's ``span - 1`` neighbours there,
+        ``members - 1`` are of its group.
+        """
+        share, span = self._share_of(members), members * stride
+        if self.group_share and 1 < members < span:
+            share = min(share, self._share_of(span) * (members - 1) / (span - 1))
+        return self.bytes_per_s * share
+
+    def _share_of(self, members: int) -> float:
         enough = [size for size in self.group_share if members <= int(size)]
         smallest = min(enough, key=int, default=None)
-        return self.bytes_per_s * (1.0 if smallest is None else self.group_share[smallest])
+        return 1.0 if smallest is None else self.group_share[smallest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,10 +197,14 @@ class Link:
 
     Levels that join only one unit are left out, so the last one is the slowest that the group
     uses; the product of the sizes is the group's size (or just above, if it does not divide).
+
+    Attributes:
+        jitter_s: of the devices that it joins.
     """
 
     group_size: int
     levels: tuple[Level, ...]
+    jitter_s: float = 0.0
 
     @property
     def bytes_per_s(self) -> float:
@@ -224,7 +242,8 @@ def link(cluster: Cluster, group_size: int, stride: int = 1) -> Link:
         if reach > covered:
             levels.append(
                 Level(
-                    size=-(-reach // covered), members=covered, bytes_per_s=tier.rate(reach),
+                    size=-(-reach // covered), members=covered,
+                    bytes_per_s=tier.rate(reach, stride),
                     latency_s=tier.latency_s, efficiency=tier.efficiency,
                     chained=tier is not cluster.tiers[-1],
                 )
@@ -232,7 +251,9 @@ def link(cluster: Cluster, group_size: int, stride: int = 1) -> Link:
             covered = reach
         if covered >= group_size:
             break
-    return Link(group_size=group_size, levels=tuple(levels))
+    return Link(
+        group_size=group_size, levels=tuple(levels), jitter_s=cluster.device.jitter_s
+    )  # fmt: skip
 
 
 def presets() -> tuple[str, ...]:
@@ -360,6 +381,7 @@ def check(cluster: Cluster) -> Cluster:
     _not_negative("device.alignment", device.alignment, "0 or an exponent, such as 0.3")
     _not_negative("device.host_s", device.host_s, "seconds per kernel, such as 2e-5")
     _not_negative("device.overlap_slowdown", device.overlap_slowdown, "a share, such as 0.2")
+    _not_negative("device.jitter_s", device.jitter_s, "seconds, such as 1e-4")
     if device.kind not in _KINDS:
         raise _wrong("device.kind", "cuda or cpu", device.kind, "set it to the torch.device type")
     _check_tiers(cluster.tiers)

@@ -57,8 +57,9 @@ class Constraints:
         recompute_ops: names or ``fnmatch`` patterns of the ops that every layer recomputes, all
             others being kept; pins ``recompute`` to ``selective``.
         sharding: parameter or op name (``fnmatch`` patterns allowed) -> its state on the tensor
-            axis: ``"S(0)"``, ``"R"``, ... For an op the state of its (first) output. A parameter
-            that is pinned to be split is also used so: it is not gathered.
+            axis: ``"S(0)"``, ``"R"``, ... For an op the state of its (first) output; one that is
+            pinned whole works on whole operands. A parameter that is pinned to be split is also
+            used so: it is not gathered.
         sequence_parallel: whether activations are split over positions on the tensor axis where
             they pass between products with weights (norms, dropout, sums) and between layers; if
             not, every rank has them whole. Either way the axis splits no samples.

@@ -18,6 +18,7 @@ class Software:
         name: of the software, for people.
         gradient_bytes: of a gradient as it is accumulated over micro-batches.
         reduced_bytes: of a gradient on its way over data-parallel links.
+        reduces_whole: gradients are all-reduced even where every rank updates only its shard.
         gathered_bytes: of a parameter on its way over data-parallel links.
         master_bytes: of a copy of the parameter in higher precision that the optimizer updates.
         state_bytes: of each tensor that the optimizer keeps per parameter.
@@ -42,6 +43,7 @@ class Software:
     name: str = "autoshard"
     gradient_bytes: int | None = None
     reduced_bytes: int | None = None
+    reduces_whole: bool = False
     gathered_bytes: int | None = None
     master_bytes: int = 0
     state_bytes: int | None = None

@@ -252,3 +252,15 @@ def test_levels_hold_the_whole_group(size: int, stride: int, node: int) -> None:
     assert math.prod(lv.size for lv in found.levels) >= size
     assert all(lv.size > 1 for lv in found.levels)
     assert found.latency_s == 0
+
+
+def test_groups_of_devices_joined_directly_have_their_part_of_the_links() -> None:
+    """Of 8 devices, every second one: 3 of a device's 7 neighbours, whoever has most links."""
+    mesh = Tier(
+        name="mesh", size=8, bytes_per_s=1.0, latency_s=0.0, group_share={"2": 0.16, "4": 0.66}
+    )
+    assert [mesh.rate(n) for n in (2, 4, 8)] == [0.16, 0.66, 1.0]
+    assert mesh.rate(4, stride=2) == pytest.approx(3 / 7)
+    assert mesh.rate(2, stride=2) == 0.16
+    switch = replace(mesh, group_share={})
+    assert switch.rate(4, stride=2) == 1.0

@@ -12,7 +12,13 @@ import torch
 
 from autoshard.errors import OptionError
 from benchmarks.published.__main__ import main
-from benchmarks.published.layouts import Unpredictable, layout_of, shape_of, stages_of
+from benchmarks.published.layouts import (
+    Unpredictable,
+    layout_of,
+    lightest_stages,
+    shape_of,
+    stages_of,
+)
 from benchmarks.published.machines import cluster_of
 from benchmarks.published.metrics import (
     Confusion,
@@ -23,7 +29,7 @@ from benchmarks.published.metrics import (
     time_error,
 )
 from benchmarks.published.models import Decoder, Shape
-from benchmarks.published.predict import Outcome, Prediction, Predictor, Skipped
+from benchmarks.published.predict import Outcome, Prediction, Predictor, Skipped, analytic
 from benchmarks.published.rows import Row, read_rows
 from benchmarks.published.stacks import stack_of
 
@@ -177,6 +183,40 @@ class TestLayouts:
         row = row_with(hidden=None)
         with pytest.raises(Unpredictable, match="shape is not printed"):
             shape_of(row, stack_of(row))
+
+    def test_stages_of_about_equally_many_parameters(self) -> None:
+        """A head as large as two layers takes their place."""
+        assert lightest_stages((2, *[1] * 12, 2), 4) == (3, 4, 4, 3)
+        assert lightest_stages((2, *[1] * 12, 2), 1) == (14,)
+        assert lightest_stages((5, 1, 1, 1, 1), 2) == (1, 4)
+
+    def test_weights_split_by_their_largest_dims(self) -> None:
+        row = row_with(tp=None, dp=None, notes="heuristic: shard largest tensor dim")
+        pins = layout_of(row, shape_of(row, stack_of(row)), stack_of(row)).pins
+        assert (pins.tp, pins.dp, pins.sharding["embedding.weight"]) == (row.gpus, 1, "S(0)")
+
+    def test_a_loss_on_gathered_logits(self) -> None:
+        row = row_with(family="aleph-x", tp=2, dp=1)
+        stack = stack_of(row)
+        shape = shape_of(row, stack)
+        assert layout_of(row, shape, stack).pins.sharding["head.cross_entropy"] == "R"
+        apart = replace(stack, whole_logits=False)
+        assert "head.cross_entropy" not in layout_of(row, shape, apart).pins.sharding
+
+    def test_gradients_reduced_whole_move_twice_as_much(self) -> None:
+        parts = []
+        for whole in (False, True):
+            row = row_with(family="aleph-x", dp=2, zero_stage=1)
+            stack = stack_of(row)
+            stack = replace(stack, software=replace(stack.software, reduces_whole=whole))
+            predictor = Predictor()
+            shape = shape_of(row, stack)
+            found = predictor._predicted(
+                row, stack, layout_of(row, shape, stack), cluster_of(row),
+                predictor._program(row, shape), analytic,
+            )  # fmt: skip
+            parts.append(found.parts["gradient_reduction"])
+        assert parts[1] > 1.5 * parts[0]
 
     @pytest.mark.parametrize(
         ("layers", "pp", "stages"),

@@ -61,6 +61,17 @@ def modes(plan: Plan) -> set[str]:
     return {s.recompute.mode for stage in plan.stages for s in stage.segments}
 
 
+def _loss_of(plan: Plan) -> str:
+    """How the plan has the loss of GPT-2 computed on the tensor axis."""
+    return next(
+        layer["tp"].ops[op.name]
+        for c in program_of("gpt2").classes
+        for name, layer in plan.layers.items()
+        for op in c.graph.ops
+        if name == c.name and "cross_entropy" in op.target
+    )
+
+
 def sizes(plan: Plan) -> list[int]:
     """Segments per stage; the one of shared values is not counted."""
     layers = {c.name for c in program_of("gpt2").classes if c.kind != "shared"}
@@ -120,6 +131,15 @@ def test_pinned_sharding_of_a_parameter_is_honoured() -> None:
         layer for layer in plan.layers.values() if "mlp.c_proj.weight" in layer["tp"].parameters
     )
     assert block["tp"].parameters["mlp.c_proj.weight"] == "S(0)"
+
+
+def test_an_op_that_is_pinned_whole_works_on_whole_operands() -> None:
+    vocabulary = {"transformer.wte.weight": "S(0)"}
+    free = plan_for(tp=4, sharding=vocabulary)
+    assert _loss_of(free) == "S(1), R -> R [vocab_parallel]"
+    whole = plan_for(tp=4, sharding={**vocabulary, "cross_entropy": "R"})
+    assert _loss_of(whole) == "R, R -> R"
+    assert whole.prediction.step_s > free.prediction.step_s
 
 
 def test_a_sharding_pin_of_nothing_is_refused() -> None:

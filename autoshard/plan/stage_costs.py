@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autoshard.cluster import Link, link
-from autoshard.cost_models.collective import Collective
+from autoshard.cost_models.collective import Collective, waiting_s
 from autoshard.cost_models.compute import stream_s
 from autoshard.cost_models.costs import CostModel
 from autoshard.cost_models.state import (
@@ -82,11 +82,14 @@ class StageCosts:
         hidden_s = min(moved_s, beside_s)
         return moved_s - hidden_s + device.overlap_slowdown * hidden_s
 
-    def _collective(self, kind: Collective, layer: ClassCosts, element_bytes: int | None) -> float:
+    def _collective(
+        self, kind: Collective, layer: ClassCosts, element_bytes: int | None, waits: bool = False
+    ) -> float:
         """Seconds of one collective over the data-parallel ranks on all of a segment's parameters.
 
         Args:
             element_bytes: on the links; ``None``: as the parameter has.
+            waits: it stands between ops, so ranks come to it at different times.
         """
         total = 0.0
         for types, ranks in self._groups(layer):
@@ -94,6 +97,7 @@ class StageCosts:
             if not self._software.gathers_each or kind == "all_reduce":
                 sizes = [sum(sizes)]
             total += sum(self.costs.collective(kind, size, ranks) for size in sizes)
+            total += len(sizes) * waiting_s(ranks) if waits else 0.0
         return total
 
     def choice(self, layer: ClassCosts, entry: MenuEntry) -> Choice:
@@ -101,9 +105,11 @@ class StageCosts:
         software = self._software
         gather = scatter = 0.0
         if self.mode == "zero3":
-            gather = self._collective("all_gather", layer, software.gathered_bytes)
+            alone = not software.overlaps_gathering
+            gather = self._collective("all_gather", layer, software.gathered_bytes, waits=alone)
         if self._scatters_each:
-            scatter = self._collective("reduce_scatter", layer, software.reduced_bytes)
+            alone = not software.overlaps_reduction
+            scatter = self._collective("reduce_scatter", layer, software.reduced_bytes, waits=alone)
         backward_s = layer.backward_s + entry.extra_backward_s + self._accumulate_s(layer)
         both = software.overlaps_gathering and (not scatter or software.overlaps_reduction)
         return Choice(
@@ -145,7 +151,8 @@ class StageCosts:
             reduced_s = self._collective("all_reduce", layer, software.reduced_bytes)
         else:
             if not self._scatters_each:
-                reduced_s = self._collective("reduce_scatter", layer, software.reduced_bytes)
+                kind: Collective = "all_reduce" if software.reduces_whole else "reduce_scatter"
+                reduced_s = self._collective(kind, layer, software.reduced_bytes)
             if self.mode != "zero3":
                 gathered_s = self._collective("all_gather", layer, software.gathered_bytes)
         exposed_s = self._exposed(reduced_s, layer.backward_s, software.overlaps_reduction)

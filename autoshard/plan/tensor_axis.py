@@ -167,7 +167,8 @@ class _Rules:
             return False
         for pattern, state in self.request.constraints.sharding.items():
             if names_op((pattern,), layer, op):
-                return str(strategy.outputs[0]) == state
+                split = any(s.is_split for s in strategy.inputs)
+                return str(strategy.outputs[0]) == state and not (state == str(R) and split)
         return True
 
 

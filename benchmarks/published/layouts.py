@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, combinations
 
 from autoshard.options import Constraints
 from benchmarks.published.models import Shape
@@ -19,6 +22,12 @@ SCHEDULES: dict[str, str] = {
 }  # fmt: skip
 """How a schedule is named in a file -> how the planner names it."""
 PRECISIONS = ("bf16", "fp16", "fp8")
+
+LARGEST = "shard largest tensor dim"
+"""In notes: every weight is split over all devices by its largest dim (Zheng et al. 2022, section
+8.2), which in a GPT model are the dims that Megatron splits; of a square one, its columns."""
+WHOLE_LOSS = {"head.logits*": "R", "head.cross_entropy": "R"}
+"""Logits are gathered over tensor ranks, and each has all of the loss."""
 
 
 class Unpredictable(Exception):
@@ -93,9 +102,14 @@ def layout_of(row: Row, shape: Shape, stack: Stack) -> Layout:
         pins["data_parallel"] = ("ddp", "zero1", "zero2", "zero3")[row.zero_stage]
     elif replicas == 1:
         pins["data_parallel"] = "ddp"
-    if (row.tp or 1) > 1:
+    if LARGEST in row.notes and row.gpus > 1:
+        pins |= {"tp": row.gpus, "dp": 1, "data_parallel": "ddp"}
+        pins["sharding"] = megatron(shape)
+    elif (row.tp or 1) > 1:
         pins["sequence_parallel"] = bool(row.seq_parallel)
         pins["sharding"] = megatron(shape, folded=_is_folded(row))
+        if stack.whole_logits:
+            pins["sharding"] |= WHOLE_LOSS
     names = {"microbatch": "micro_batch_size", "recompute": "recompute", "zero_stage":
         "data_parallel", "tp": "tp", "pp": "pp", "dp": "dp"}  # fmt: skip
     left = [
@@ -115,8 +129,11 @@ def _pipeline_pins(row: Row, shape: Shape, stack: Stack) -> dict[str, object]:
     if schedule in ("interleaved-1f1b", "zb-v"):
         chunks = row.vpp or _most_chunks(row, shape)
     pins: dict[str, object] = {"schedule": schedule, "virtual_stages": chunks}
-    if stack.equal_stages:
-        pins["stages"] = stages_of(shape.layers, (row.pp or 1) * chunks, embeds=shape.vocab > 0)
+    number, embeds = (row.pp or 1) * chunks, shape.vocab > 0
+    if stack.stages == "layers":
+        pins["stages"] = stages_of(shape.layers, number, embeds=embeds)
+    elif stack.stages == "parameters":
+        pins["stages"] = lightest_stages(module_weights(shape), number)
     return pins
 
 
@@ -202,3 +219,35 @@ def stages_of(layers: int, pp: int, *, embeds: bool) -> tuple[int, ...]:
         counts[0] += 1
         counts[-1] += 1
     return tuple(counts)
+
+
+def lightest_stages(weights: Sequence[int], pp: int) -> tuple[int, ...]:
+    """Numbers of modules in a row per stage so that the heaviest stage is as light as can be.
+
+    Stages are filled from the first on up to that weight, as DeepSpeed's ``partition_balanced``
+    does, so the last gets what is left.
+    """
+    ends = (0, *accumulate(weights))
+    sums = sorted(b - a for a, b in combinations(ends, 2))
+    limit = sums[bisect_left(sums, True, key=lambda most: len(_filled(weights, most)) <= pp)]
+    return _filled(weights, limit)
+
+
+def _filled(weights: Sequence[int], limit: int) -> tuple[int, ...]:
+    counts, held = [0], 0
+    for weight in weights:
+        if held + weight > limit and counts[-1]:
+            counts.append(0)
+            held = 0
+        counts[-1] += 1
+        held += weight
+    return tuple(counts)
+
+
+def module_weights(shape: Shape) -> tuple[int, ...]:
+    """Parameters of embedding, layers, and head with the norm before it."""
+    size, hidden = shape.size_of_head, shape.hidden
+    attention = 2 * hidden * size * (shape.heads + shape.kv_heads)
+    layer = attention + (3 if shape.gated else 2) * hidden * shape.ffn
+    ends = shape.vocab * hidden
+    return (ends, *(layer for _ in range(shape.layers)), ends)

@@ -53,7 +53,9 @@ class Stack:
         tied: the head uses the embedding's weight; ``None``: in GPT models.
         selective: ops that their selective recompute runs again.
         micro_batch: samples of a micro-batch where a source does not say.
-        equal_stages: stages have equal numbers of layers; else they are balanced by cost.
+        whole_logits: tensor ranks gather the logits and each computes the whole loss.
+        stages: have equal numbers of ``layers``, or about equally many ``parameters``, embedding
+            and head included; ``balanced``: by cost.
         memory_unit_bytes: what their sources call a GB.
         memory_besides: bytes that their sources count beside what a plan does.
         memory: what their sources count: the ``peak``, ``activations`` (with the state, without
@@ -75,7 +77,8 @@ class Stack:
     tied: bool | None = None
     selective: tuple[str, ...] = CORE_ATTENTION
     micro_batch: int | None = None
-    equal_stages: bool = True
+    whole_logits: bool = False
+    stages: str = "layers"
     memory_unit_bytes: float = 1e9
     memory_besides: float = 0.0
     memory: str = "peak"
@@ -105,7 +108,11 @@ MEGATRON_CORE = _software(
     "Megatron Core", 4, reduced_bytes=4, fuses_pointwise=True, regathers=True,
     fuses_accumulation=True, checkpoints_regions=True,
 )  # fmt: skip
-ALEPH = _software("Aleph Alpha Scaling", 2, overlaps_reduction=False, fuses_pointwise=True)
+# As its published code has it: gradients are all-reduced in float32, though ranks update shards.
+ALEPH = _software(
+    "Aleph Alpha Scaling", 2, reduced_bytes=4, reduces_whole=True, overlaps_reduction=False,
+    fuses_pointwise=True,
+)  # fmt: skip
 # The gradient as backward makes it, and the sum in float32.
 NANOTRON = _software("nanotron", 6, reduced_bytes=2, fuses_pointwise=True)
 FOUNDRY = _software("llm-foundry (FSDP)", 4, reduced_bytes=4)
@@ -139,8 +146,8 @@ STACKS: tuple[Stack, ...] = (
     Stack(families="alpa-*", software=ALPA, fused_attention=False, memory_unit_bytes=GIB),
     # FlashAttention from here on.
     Stack(families="moefold-*", software=MEGATRON_CORE, llama=True, micro_batch=1),
-    Stack(families="aleph-*", software=ALEPH),
-    Stack(families="nanotron-*", software=NANOTRON, equal_stages=False, tied=True,
+    Stack(families="aleph-*", software=ALEPH, whole_logits=True, stages="parameters"),
+    Stack(families="nanotron-*", software=NANOTRON, stages="balanced", tied=True,
         memory_unit_bytes=GIB, memory="state"),
     Stack(families="mosaic-*", notes="PURE", software=FOUNDRY_PURE, bias=False,
         wide_logits=False),
@@ -151,9 +158,9 @@ STACKS: tuple[Stack, ...] = (
         selective=EVERY_SECOND_PRODUCT, memory_unit_bytes=GIB),
     Stack(families="internevo-*", software=INTERN),
     Stack(families="kempner-*", pipelined=True, software=KEMPNER,
-        fused_projections=False, micro_batch=4),
+        fused_projections=False, whole_logits=True, micro_batch=4),
     Stack(families="kempner-*", software=KEMPNER_COMPILED, fused_projections=False,
-        micro_batch=4),
+        whole_logits=True, micro_batch=4),
     Stack(families="ibm-*", software=FMS),
     Stack(families="maxtext-*", software=MAXTEXT, fused_projections=False),
     # Sources that this table does not know, by what was usual in their year.
