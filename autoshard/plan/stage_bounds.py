@@ -192,14 +192,20 @@ def _proven(looped: Looped, weights: np.ndarray) -> float:
     return float(coefficients.min() / flat.sum())
 
 
-@cache
 def held(looped: Looped) -> tuple[int, ...]:
     """Micro-batches of each stage that its rank holds when its warm-up ends.
 
     The warm-up of 1F1B, interleaved or not, has none but the first ``2 p`` of them.
     """
     few = min(looped.num_micro_batches, 2 * looped.num_ranks)
-    schedule = by_name(looped.schedule, looped.num_ranks, few, looped.virtual_stages)
+    return _warmed_up(looped.schedule, looped.num_ranks, few, looped.virtual_stages)
+
+
+@cache
+def _warmed_up(
+    name: str, num_ranks: int, num_micro_batches: int, virtual_stages: int
+) -> tuple[int, ...]:
+    schedule = by_name(name, num_ranks, num_micro_batches, virtual_stages)
     found = [0] * schedule.num_stages
     for actions in schedule.ranks:
         for action in takewhile(lambda a: a.kind == "F", actions):
