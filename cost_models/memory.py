@@ -225,7 +225,7 @@ def _run(op: Op, env: Mapping[str, Tensor], device_kind: str) -> tuple[Tensor, .
     bound = op.map(lambda v: env[v.name])
     try:
         result = resolve(op.target)(*bound.args, **dict(bound.kwargs))
-    except (RuntimeError, NotImplementedError, AttributeError, LookupError):
+    except (RuntimeError, NotImplementedError, LookupError):
         # Shapes that depend on values, or a runtime op that wants its process group.
         return save_operands(op, env)
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
