@@ -71,17 +71,32 @@ def execute(program: ir.Program, model: torch.nn.Module | Tensors, batch: Tensor
     return run_program(program, tensors, batch)
 
 
-def _run_op(op: ir.Op, values: dict[str, torch.Tensor], device: torch.device | None) -> None:
+def bind(
+    op: ir.Op, values: Tensors, device: torch.device | None = None
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A call of the op on these operands, all of them looked up; it returns one tensor per output.
+
+    Args:
+        device: where an op without operands makes its result.
+    """
     bound = op.map(lambda v: values[v.name])
     function, keywords = ir.resolve(op.target), dict(bound.kwargs)
     if not op.operands and _takes_device(function):
         keywords["device"] = device
-    try:
+
+    def call() -> tuple[torch.Tensor, ...]:
         result = function(*bound.args, **keywords)
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    return call
+
+
+def _run_op(op: ir.Op, values: dict[str, torch.Tensor], device: torch.device | None) -> None:
+    try:
+        results = bind(op, values, device)()
     except (RuntimeError, TypeError, IndexError) as error:
         error.add_note(f"while running {op} (module {op.module or '<root>'}, {op.source})")
         raise
-    results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
     if len(results) != len(op.outputs):
         raise InternalError(f"expected {len(op.outputs)} results but got {len(results)}: {op}")
     values.update((v.name, r) for v, r in zip(op.outputs, results, strict=True))

@@ -22,6 +22,13 @@ def tensors_for(graph: Graph, device: torch.device) -> dict[str, Tensor]:
     }
 
 
+def stand_in(value: Value, device: torch.device) -> Tensor:
+    """A tensor of a value's type with the same number everywhere, that any use of it allows."""
+    kind = value.type
+    number = 0.5 if kind.dtype.is_floating_point or kind.dtype.is_complex else 0
+    return torch.full(kind.shape, number, dtype=kind.dtype, device=device)
+
+
 def _tensor(value: Value, bound: int, device: torch.device, generator: torch.Generator) -> Tensor:
     kind = value.type
     if kind.dtype.is_floating_point:

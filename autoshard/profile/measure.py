@@ -6,13 +6,14 @@ A failed measurement is a :class:`Failure` with its reason, never a number.
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from autoshard.capture.interpret import run_graph
-from autoshard.ir import Graph, Op, Value
+from autoshard.ir import Graph, Value
 from autoshard.profile.inputs import tensors_for
 from autoshard.profile.timing import Timing, elapsed_s, present_device, summarise
 
@@ -68,7 +69,7 @@ def measure_graph(
     """
     where = device or present_device()
     try:
-        if reason := _too_large(graph, where):
+        if reason := too_large([graph], where):
             return Failure(reason=reason)
         env = tensors_for(graph, where)
         return _measure(graph, env, where, warm_up, repeats, max_s)
@@ -78,20 +79,6 @@ def measure_graph(
         if where.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
-
-
-def measure_op(op: Op, **options: object) -> Measurement | Failure:
-    """One op alone; see :func:`measure_graph` for the options."""
-    return measure_graph(graph_of(op), **options)  # type: ignore[arg-type]
-
-
-def graph_of(op: Op) -> Graph:
-    """A graph of this op only, all its operands being inputs."""
-    inputs = {v.name: v for v in op.operands}
-    taken = set(inputs)
-    outputs = tuple(replace(v, name=f"{v.name}_out") if v.name in taken else v for v in op.outputs)
-    alone = replace(op, outputs=outputs)
-    return Graph(tuple(inputs.values()), (), (alone,), outputs)
 
 
 def _measure(
@@ -167,10 +154,9 @@ def _allocated_since(held: int, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else 0
 
 
-def _too_large(graph: Graph, device: torch.device) -> str:
-    """A reason not to try, before the machine starts swapping."""
-    values = list(graph.values.values())
-    needed = 2 * sum(v.type.nbytes for v in values)
+def too_large(graphs: Sequence[Graph], device: torch.device) -> str:
+    """A reason not to try, before the machine starts swapping; empty if there is none."""
+    needed = 2 * sum(v.type.nbytes for graph in graphs for v in graph.values.values())
     available = _available_bytes(device)
     if needed > available:
         return f"needs about {needed} bytes but {available} are free on {device.type}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,27 @@ class Timing:
 def present_device() -> torch.device:
     """What measurements run on: the current GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rank_threads(world_size: int) -> int:
+    """Threads with which each of ``world_size`` ranks will compute on a CPU.
+
+    As many as this process has if it is a rank, or if ``OMP_NUM_THREADS`` says how many; else as
+    torchrun starts them, with one where it starts more than one.
+    """
+    told = "LOCAL_WORLD_SIZE" in os.environ or "OMP_NUM_THREADS" in os.environ
+    return torch.get_num_threads() if told or world_size == 1 else 1
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Compute with ``number`` threads, then with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def elapsed_s(function: Callable[[], object], device: torch.device) -> float:

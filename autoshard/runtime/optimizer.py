@@ -20,14 +20,32 @@ from autoshard.errors import OptionError
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 OptimizerChoice = str | OptimizerFactory
 
+
+def _fused(kind: Callable[..., Optimizer], *, on: tuple[str, ...], **options: Any) -> OptimizerFactory:
+    """An optimizer that reads and writes memory once per step where torch has such a kernel.
+
+    The others pass over the parameters once per operation, on a CPU several times as long.
+
+    Args:
+        on: the kinds of device that the kernel exists for.
+    """
+
+    def made(parameters: list[nn.Parameter]) -> Optimizer:
+        fits = all(p.is_floating_point() and p.device.type in on for p in parameters)
+        return kind(parameters, fused=fits or None, **options)
+
+    return made
+
+
+_ANYWHERE = ("cpu", "cuda")
 NAMED: dict[str, OptimizerFactory] = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-    "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, momentum=0.9),
-    "nesterov": lambda parameters: torch.optim.SGD(parameters, momentum=0.9, nesterov=True),
+    "adamw": _fused(torch.optim.AdamW, on=_ANYWHERE),
+    "adam": _fused(torch.optim.Adam, on=_ANYWHERE),
+    "sgd": _fused(torch.optim.SGD, on=_ANYWHERE),
+    "sgd-momentum": _fused(torch.optim.SGD, on=_ANYWHERE, momentum=0.9),
+    "nesterov": _fused(torch.optim.SGD, on=_ANYWHERE, momentum=0.9, nesterov=True),
     "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
+    "adagrad": _fused(torch.optim.Adagrad, on=("cpu",)),
     "nadam": torch.optim.NAdam,
     "radam": torch.optim.RAdam,
     "adamax": torch.optim.Adamax,

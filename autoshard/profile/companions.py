@@ -1,0 +1,99 @@
+"""Other processes that compute while something is measured.
+
+Ranks that share the cores of a machine also share its caches, its memory bandwidth and its power
+budget: what one of them takes while the others rest is not what it takes in training.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from autoshard.errors import AutoshardError
+from autoshard.ir import Graph
+
+_READY = b"ready\n"
+
+
+@contextmanager
+def companions(number: int, steps: Sequence[Sequence[Graph]]) -> Iterator[None]:
+    """While this lasts, ``number`` processes run the same steps again and again.
+
+    Raises:
+        AutoshardError: one of them could not begin.
+    """
+    started = [_start(steps) for _ in range(number)]
+    try:
+        for process in started:
+            _await(process)
+        yield
+    finally:
+        for process in started:
+            process.kill()
+        for process in started:
+            process.communicate()
+
+
+def _start(steps: Sequence[Sequence[Graph]]) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "autoshard.profile.companions"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(),
+    )  # fmt: skip
+    assert process.stdin is not None
+    try:
+        process.stdin.write(pickle.dumps((torch.get_num_threads(), steps)))
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died, and says why when it is awaited
+    return process
+
+
+def _environment() -> dict[str, str]:
+    """This process's own, with every folder that it finds modules in."""
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return {**os.environ, "PYTHONPATH": paths}
+
+
+def _await(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if line == _READY:
+            return
+    words = process.stderr.read().decode(errors="replace").strip().splitlines()
+    raise AutoshardError(
+        "expected to start a process that computes while ops are measured, but it ended"
+        f"{': ' + words[-1] if words else ''}; leave costs at None to plan by computed figures"
+    )
+
+
+def _run() -> None:
+    """The companion itself: until it is killed, or whoever started it is gone."""
+    from autoshard.profile.in_order import measure_in_order
+
+    number, steps = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(number)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    ready = False
+    while True:
+        for step in steps:
+            measure_in_order(step, warm_up=0, repeats=3)
+            if not ready:
+                sys.stdout.buffer.write(_READY)
+                sys.stdout.flush()
+                ready = True
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # ends when the parent's end of the pipe is closed
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _run()
