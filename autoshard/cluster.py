@@ -50,6 +50,9 @@ class Device:
         overlap_slowdown: seconds that compute loses per second of a collective that runs beside it
             and takes processors and bandwidth from it.
         jitter_s: standard deviation of when ranks that compute alike come to a collective.
+        share: the part of a core's time that a process has while all compute, where there are more
+            processes than cores. All rates are those of such a process; what others leave while
+            they wait, it gets on top.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Device:
     host_s: float = 0.0
     overlap_slowdown: float = 0.0
     jitter_s: float = 0.0
+    share: float = 1.0
 
     def shared(self, share: float) -> Device:
         """What a process computes with that has this share of the device's time."""
@@ -76,6 +80,7 @@ class Device:
             launch_s=self.launch_s / share,
             host_s=self.host_s / share,
             jitter_s=self.jitter_s / share,
+            share=self.share * share,
             flops_per_s={name: share * rate for name, rate in self.flops_per_s.items()},
         )
 
@@ -91,6 +96,8 @@ class Tier:
         latency_s: alpha, per message.
         efficiency: share of ``bytes_per_s`` that each kind of collective (`COLLECTIVE_KINDS`)
             reaches on large messages; kinds that are not listed reach all of it.
+        latency_factor: times ``latency_s`` that a message of each kind of collective takes, if not
+            once.
         group_share: where links join devices directly rather than through a switch: by number of
             devices, the share of ``bytes_per_s`` that groups of at most so many have inside.
     """
@@ -100,6 +107,7 @@ class Tier:
     bytes_per_s: float
     latency_s: float
     efficiency: Mapping[str, float] = field(default_factory=dict)
+    latency_factor: Mapping[str, float] = field(default_factory=dict)
     group_share: Mapping[str, float] = field(default_factory=dict)
 
     def rate(self, members: int, stride: int = 1) -> float:
@@ -184,7 +192,12 @@ class Level:
     bytes_per_s: float
     latency_s: float
     efficiency: Mapping[str, float]
+    latency_factor: Mapping[str, float] = field(default_factory=dict)
     chained: bool = False
+
+    def latency(self, kind: str) -> float:
+        """Seconds per message of a collective of this kind."""
+        return self.latency_s * self.latency_factor.get(kind, 1.0)
 
     def rate(self, kind: str) -> float:
         """Bytes per second and rank that a collective of this kind reaches here."""
@@ -245,6 +258,7 @@ def link(cluster: Cluster, group_size: int, stride: int = 1) -> Link:
                     size=-(-reach // covered), members=covered,
                     bytes_per_s=tier.rate(reach, stride),
                     latency_s=tier.latency_s, efficiency=tier.efficiency,
+                    latency_factor=tier.latency_factor,
                     chained=tier is not cluster.tiers[-1],
                 )
             )  # fmt: skip
@@ -371,7 +385,7 @@ def check(cluster: Cluster) -> Cluster:
                 f"rename or remove it{_did_you_mean(dtype, _DTYPES)}",
             )  # fmt: skip
         _positive(f"device.flops_per_s.{dtype}", flops, "the dense peak in operations per second")
-    for name in ("matmul_efficiency", "memory_efficiency", "attention_efficiency"):
+    for name in ("matmul_efficiency", "memory_efficiency", "attention_efficiency", "share"):
         share = getattr(device, name)
         if share is not None:
             _share(f"device.{name}", share)
@@ -415,6 +429,13 @@ def _check_tiers(tiers: tuple[Tier, ...]) -> None:
                     f"rename or remove it{_did_you_mean(kind, COLLECTIVE_KINDS)}",
                 )  # fmt: skip
             _share(f"{where}.efficiency.{kind}", share)
+        for kind, factor in tier.latency_factor.items():
+            if kind not in COLLECTIVE_KINDS:
+                raise _wrong(
+                    f"{where}.latency_factor", f"kinds among {', '.join(COLLECTIVE_KINDS)}", kind,
+                    f"rename or remove it{_did_you_mean(kind, COLLECTIVE_KINDS)}",
+                )  # fmt: skip
+            _not_negative(f"{where}.latency_factor.{kind}", factor, "a factor, such as 2")
         for number, share in tier.group_share.items():
             if not number.isdigit() or int(number) < 2:
                 raise _wrong(

@@ -17,6 +17,8 @@ class Software:
     Attributes:
         name: of the software, for people.
         gradient_bytes: of a gradient as it is accumulated over micro-batches.
+        gradient_passes: how often an update goes over the gradients: 1, or 3 where they are read
+            for their norm, too, and zeroed.
         reduced_bytes: of a gradient on its way over data-parallel links.
         reduces_whole: gradients are all-reduced even where every rank updates only its shard.
         gathered_bytes: of a parameter on its way over data-parallel links.
@@ -24,6 +26,7 @@ class Software:
         state_bytes: of each tensor that the optimizer keeps per parameter.
         overlaps_reduction: gradients are reduced beside backward, rather than after it.
         overlaps_gathering: sharded parameters are gathered ahead of their use.
+        copies_gradients: whole gradients are copied into buckets to be reduced.
         gathers_each: every parameter is gathered and reduced by a collective of its own, rather
             than all of a layer by one.
         fuses_pointwise: neighbouring elementwise ops run as one kernel, as compilers and
@@ -42,6 +45,7 @@ class Software:
 
     name: str = "autoshard"
     gradient_bytes: int | None = None
+    gradient_passes: int = 1
     reduced_bytes: int | None = None
     reduces_whole: bool = False
     gathered_bytes: int | None = None
@@ -49,6 +53,7 @@ class Software:
     state_bytes: int | None = None
     overlaps_reduction: bool = True
     overlaps_gathering: bool = True
+    copies_gradients: bool = True
     gathers_each: bool = False
     fuses_pointwise: bool = False
     float8_products: bool = False
@@ -56,6 +61,20 @@ class Software:
     regathers: bool = False
     fuses_accumulation: bool = False
     checkpoints_regions: bool = False
+
+    def update_bytes(self, element_bytes: int, states: int) -> int:
+        """What an optimizer's update moves per element of a parameter.
+
+        The copy in higher precision and the optimizer's states are read and written, and so is the
+        parameter, which is only written where it is such a copy's shadow.
+
+        Args:
+            element_bytes: of the parameter.
+            states: tensors that the optimizer keeps per parameter.
+        """
+        moved = self.gradient_passes * (self.gradient_bytes or element_bytes)
+        moved += 2 * self.master_bytes + 2 * states * (self.state_bytes or element_bytes)
+        return moved + (element_bytes if self.master_bytes else 2 * element_bytes)
 
 
 OWN = Software()

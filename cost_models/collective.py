@@ -47,15 +47,15 @@ def collective_s(kind: Collective, nbytes: float, link: Link) -> float:
         return 0.0
     if kind == "send":
         last = link.levels[-1]
-        return last.latency_s + nbytes / last.rate("send")
+        return last.latency(kind) + nbytes / last.rate(kind)
     if kind == "all_to_all":
         return _all_to_all_s(nbytes / n, link)
     share_s = nbytes * (n - 1) / n / link.ring_rate(kind)
     if kind in ("all_gather", "reduce_scatter"):
-        return _ring_latency_s(link.levels) + share_s
+        return _ring_latency_s(kind, link.levels) + share_s
     if kind == "all_reduce":
-        ring_s = 2 * _ring_latency_s(link.levels) + 2 * share_s
-        tree_s = 2 * _tree_latency_s(link.levels) + 2 * nbytes / link.ring_rate(kind)
+        ring_s = 2 * _ring_latency_s(kind, link.levels) + 2 * share_s
+        tree_s = 2 * _tree_latency_s(kind, link.levels) + 2 * nbytes / link.ring_rate(kind)
         return min(ring_s, tree_s)
     raise InternalError(f"no such collective: {kind}")
 
@@ -63,27 +63,34 @@ def collective_s(kind: Collective, nbytes: float, link: Link) -> float:
 def waiting_s(link: Link) -> float:
     """Seconds that a rank waits until the last one has come to a collective between its ops.
 
-    Ranks come at normally distributed times, since hosts launch kernels at uneven pace, and the
-    last of ``n`` is ``jitter_s * quantile((n - 3/8) / (n + 1/4))`` late: Blom (1958), "Statistical
-    Estimates and Transformed Beta-Variables", within 5 % for all ``n``. Of collectives one after
-    another, such as those that reduce gradients at a step's end, only the first waits.
+    Ranks come at normally distributed times, since hosts launch kernels at uneven pace. Of
+    collectives one after another, such as those that reduce gradients at a step's end, only the
+    first waits.
     """
-    n = link.group_size
-    if n <= 1 or not link.jitter_s:
+    if link.group_size <= 1 or not link.jitter_s:
         return 0.0
-    return link.jitter_s * _NORMAL.inv_cdf((n - 0.375) / (n + 0.25))
+    return link.jitter_s * late_last(link.group_size)
 
 
-def _ring_latency_s(levels: tuple[Level, ...]) -> float:
+def late_last(n: int) -> float:
+    """How late the last of ``n`` is that come at normally distributed times, in deviations.
+
+    ``quantile((n - 3/8) / (n + 1/4))``: Blom (1958), "Statistical Estimates and Transformed
+    Beta-Variables", within 5 % for all ``n``.
+    """
+    return _NORMAL.inv_cdf((n - 0.375) / (n + 0.25))
+
+
+def _ring_latency_s(kind: Collective, levels: tuple[Level, ...]) -> float:
     """``n - 1`` steps: those from unit to unit at their own latency, the rest further in."""
     total, outer = 0.0, 1
     for level in reversed(levels):
-        total += outer * (level.size - 1) * level.latency_s
+        total += outer * (level.size - 1) * level.latency(kind)
         outer *= level.size
     return total
 
 
-def _tree_latency_s(levels: tuple[Level, ...]) -> float:
+def _tree_latency_s(kind: Collective, levels: tuple[Level, ...]) -> float:
     """The height of a double binary tree of nodes, which still carries the full bandwidth.
 
     Sanders, Speck & Traeff (2009), "Two-tree algorithms for full bandwidth broadcast, reduction
@@ -92,7 +99,7 @@ def _tree_latency_s(levels: tuple[Level, ...]) -> float:
     total = 0.0
     for level in levels:
         steps = level.size - 1 if level.chained else math.ceil(math.log2(level.size))
-        total += steps * level.latency_s
+        total += steps * level.latency(kind)
     return total
 
 
@@ -108,11 +115,11 @@ def _all_to_all_s(local_bytes: float, link: Link) -> float:
         inside = min(n, level.members * level.size)
         part = local_bytes * (inside - level.members) / n
         transfer_s = max(transfer_s, part / level.rate("all_to_all"))
-        latency_s += (level.size - 1) * level.latency_s
+        latency_s += (level.size - 1) * level.latency("all_to_all")
     pairwise_s = latency_s + transfer_s
     last = link.levels[-1]
     rounds = math.ceil(math.log2(n))
-    bruck_s = rounds * (last.latency_s + local_bytes / 2 / last.rate("all_to_all"))
+    bruck_s = rounds * (last.latency("all_to_all") + local_bytes / 2 / last.rate("all_to_all"))
     return min(pairwise_s, bruck_s)
 
 

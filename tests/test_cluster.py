@@ -131,6 +131,9 @@ def test_no_cluster_is_this_machine() -> None:
         ("tiers.0.speed", 1, r"got 'tiers\[0\]\.speed'"),
         ("tiers.0.efficiency", {"all_reduse": 1.0}, r"did you mean 'all_reduce'"),
         ("tiers.0.efficiency", {"send": 1.5}, r"efficiency\.send: expected a share"),
+        ("tiers.0.latency_factor", {"sent": 1.5}, r"latency_factor: .*did you mean 'send'"),
+        ("tiers.0.latency_factor", {"send": -1}, r"latency_factor\.send: expected zero or a pos"),
+        ("device.share", 2, r"device\.share: expected a share above 0 and at most 1 but got 2"),
         ("device", "h10", r"device: expected an object, or the name of a preset but got 'h10'"),
         ("device", 3, r"Expected `object`, got `int` - at `\$\.device`"),
         (

@@ -98,6 +98,14 @@ def test_efficiency_of_a_kind_slows_that_kind() -> None:
         assert ratio == pytest.approx(factor, rel=1e-3)
 
 
+def test_a_factor_of_a_kind_delays_that_kind() -> None:
+    base = flat()
+    late = replace(base, tiers=(replace(base.tiers[0], latency_factor={"all_reduce": 3.0}),))
+    for kind, factor in (("all_reduce", 3), ("all_to_all", 1), ("send", 1)):
+        ratio = collective_s(kind, 1, link(late, 8)) / collective_s(kind, 1, link(base, 8))  # type: ignore[arg-type]
+        assert ratio == pytest.approx(factor, rel=1e-3)
+
+
 @given(
     kind=st.sampled_from(KINDS), n=st.integers(2, 64), stride=st.integers(1, 8),
     nbytes=st.integers(1, 10**10),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
 import warnings
 from typing import Any, ClassVar
 
@@ -37,6 +40,60 @@ def local_part_of(step: int, mesh: Mesh, values: tuple[Value, ...] = ()) -> dict
     return data.local_batch(
         batch(SIZE, step), values or batch_values(SIZE), rank=mesh.rank("dp"), size=mesh.size("dp")
     )
+
+
+# -- optimizers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(optimizer.NAMED))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_named_optimizers_update_as_torch_does(name: str, dtype: torch.dtype) -> None:
+    """In one pass over memory where there is such a kernel, with the same result."""
+    made = optimizer.factory(name)
+    weight = torch.linspace(-1, 1, 24).reshape(4, 6).to(dtype)
+    one, other = (nn.Parameter(weight.clone()) for _ in range(2))
+    ours = made([one])
+    options = inspect.signature(type(ours)).parameters.keys() & ours.defaults.keys()
+    plain = {name: ours.defaults[name] for name in options} | {"foreach": False}
+    if "fused" in options:
+        plain["fused"] = False
+    theirs = type(ours)([other], **plain)
+    if "fused" in options:
+        assert bool(ours.defaults["fused"]) == dtype.is_floating_point
+    for step in range(3):
+        for parameter in (one, other):
+            parameter.grad = torch.cos(weight * (step + 1))
+        ours.step()
+        theirs.step()
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_an_optimizer_over_nothing_steps() -> None:
+    optimizer.build("adamw", [], split=False).step()
+
+
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """Page faults of a process that makes and frees the same tensors again and again."""
+    program = (
+        "import resource, sys, torch\n"
+        "from autoshard.runtime.host_memory import keep_freed_memory\n"
+        "kept = sys.argv[1] == 'keep' and keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def step(): [torch.ones(2**20) for _ in range(8)]\n"
+        "for _ in range(3): step()\n"
+        "before = faults()\n"
+        "for _ in range(5): step()\n"
+        "print(kept, faults() - before)\n"
+    )
+    outcomes = {}
+    for way in ("keep", "leave"):
+        command = [sys.executable, "-c", program, way]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        outcomes[way] = (found[0] == "True", int(found[1]))
+    kept, faults = outcomes["keep"]
+    if kept:  # with the GNU C library and its own allocator
+        assert faults < 0.1 * outcomes["leave"][1]
 
 
 # -- precision ------------------------------------------------------------------------------------
@@ -496,7 +553,8 @@ def test_bytes_of_state(name: str, count: int, itemsize: int) -> None:
 
 def test_every_named_optimizer_has_its_state_counted_and_its_defaults_from_torch() -> None:
     made = optimizer.build("adamw", [nn.Parameter(torch.ones(2))], split=True)
-    assert made.defaults == torch.optim.AdamW([nn.Parameter(torch.ones(2))]).defaults
+    plain = torch.optim.AdamW([nn.Parameter(torch.ones(2))]).defaults
+    assert made.defaults == {**plain, "fused": True}
     assert optimizer.optimizer_name("sgd") == "sgd"
     assert optimizer.optimizer_name(torch.optim.Adam) == "Adam"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,12 @@ import zoo
 import autoshard
 from autoshard.cluster import core_share, find, num_cores
 from autoshard.cost_models.compute import op_cost
-from autoshard.cost_models.costs import AnalyticCosts, MeasuredCosts
+from autoshard.cost_models.costs import AnalyticCosts, MeasuredCosts, op_key
 from autoshard.errors import OptionError
 from autoshard.ir import Graph
 from autoshard.plan.plan import Plan
 from autoshard.profile import profiler
-from autoshard.profile.measure import Measurement
+from autoshard.profile.in_order import OpTimes
 from autoshard.profile.timing import Timing
 
 MODEL, BATCH, LOSS = zoo.build("gpt2", torch.float32)
@@ -37,22 +39,24 @@ def plan(costs: Any = "measured", **more: Any) -> Plan:
 def slower(factor: float) -> Any:
     """What measures every op as taking so many times what it is computed to take."""
 
-    def measure(graph: Graph, **options: object) -> Measurement:
-        def made(seconds: float) -> Timing:
-            return Timing(median_s=seconds, best_s=seconds, spread=0.0, repeats=3)
+    def made(seconds: float) -> Timing:
+        return Timing(median_s=seconds, best_s=seconds, spread=0.0, repeats=3)
 
-        (op,) = graph.ops
-        cost = op_cost(op, find("cpu").device)
-        return Measurement(
-            forward=made(factor * cost.forward_s), backward=made(factor * cost.backward_s),
-            saved_bytes=0, peak_bytes=None,
-        )  # fmt: skip
+    def measure(graphs: Sequence[Graph]) -> dict[str, OpTimes]:
+        ops = (op for graph in graphs for op in graph.ops)
+        costs = {op_key(op): op_cost(op, find("cpu").device) for op in ops}
+        return {
+            key: OpTimes(
+                forward=made(factor * cost.forward_s), backward=made(factor * cost.backward_s)
+            )
+            for key, cost in costs.items()
+        }
 
     return measure
 
 
 def test_every_op_of_the_plan_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiler, "_overhead_s", lambda device: (1e-6, 1e-6))  # anew each time
+    monkeypatch.setattr(profiler, "_engine_s", lambda device: 1e-6)  # anew each time
     first = plan()
     assert first.prediction.origin["measured"] > 0.9
     assert plan(None).prediction.origin["measured"] == 0
@@ -60,7 +64,7 @@ def test_every_op_of_the_plan_is_measured_once(monkeypatch: pytest.MonkeyPatch) 
     def never(*args: object, **options: object) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(profiler, "measure_graph", never)
+    monkeypatch.setattr(profiler, "measure_in_order", never)
     again = plan()
     assert again.prediction.step_s == pytest.approx(first.prediction.step_s, rel=1e-6)
     assert again.prediction.origin["measured"] > 0.9
@@ -69,8 +73,9 @@ def test_every_op_of_the_plan_is_measured_once(monkeypatch: pytest.MonkeyPatch) 
 def test_predictions_follow_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """In proportion, and as many times slower as processes share a core."""
     pins = {"dp": 2, "tp": 1, "micro_batch_size": 2, "recompute": "none"}
-    monkeypatch.setattr(profiler, "measure_graph", slower(100.0))
-    monkeypatch.setattr(profiler, "_overhead_s", lambda device: (0.0, 0.0))
+    monkeypatch.setattr(profiler, "measure_in_order", slower(100.0))
+    monkeypatch.setattr(profiler, "companions", lambda number, steps: nullcontext())
+    monkeypatch.setattr(profiler, "_engine_s", lambda device: 0.0)
     computed = plan(None, constraints=pins).prediction.parts["compute"]
     measured = plan(constraints=pins).prediction.parts["compute"]
     assert 80 * computed < measured <= 100.001 * computed  # adding gradients is not measured
@@ -84,8 +89,9 @@ def test_predictions_follow_the_measurements(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_not_measured_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow measurements do not drive the search to ops of which it has none."""
-    monkeypatch.setattr(profiler, "measure_graph", slower(100.0))
-    monkeypatch.setattr(profiler, "_overhead_s", lambda device: (0.0, 0.0))
+    monkeypatch.setattr(profiler, "measure_in_order", slower(100.0))
+    monkeypatch.setattr(profiler, "companions", lambda number, steps: nullcontext())
+    monkeypatch.setattr(profiler, "_engine_s", lambda device: 0.0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     found = plan(world_size=4)
     best = plan(MeasuredCosts(find("cpu"), {}, {"": 100.0}), world_size=4)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +23,13 @@ from autoshard.errors import AutoshardError
 from autoshard.ir import Graph, Op, TensorType, Value
 from autoshard.profile import machine, profiler
 from autoshard.profile.cache import Cache, cache_folder, key_of
+from autoshard.profile.companions import companions
+from autoshard.profile.in_order import SAME_LAYERS, OpTimes, measure_in_order
 from autoshard.profile.inputs import index_bounds, tensors_for
 from autoshard.profile.links import LinkFit, fit, measure_links, tier_from
-from autoshard.profile.measure import Failure, Measurement, measure_graph, measure_op
+from autoshard.profile.measure import Failure, Measurement, measure_graph
 from autoshard.profile.profiler import profile_layer, profile_ops
-from autoshard.profile.timing import environment, summarise, time_calls
+from autoshard.profile.timing import environment, rank_threads, summarise, threads, time_calls
 
 CPU = torch.device("cpu")
 
@@ -45,6 +50,11 @@ def _layer() -> Graph:
     return Graph((first.args[0],), (first.args[1],), (first, second), (out,))
 
 
+def _alone(op: Op) -> Graph:
+    """A graph of this op only, all its operands being inputs."""
+    return Graph(tuple({v.name: v for v in op.operands}.values()), (), (op,), op.outputs)
+
+
 def _broken() -> Op:
     """Shapes that do not fit: fails when it runs."""
     x, y = _value("x", 4, 5), _value("y", 4, 4)
@@ -61,27 +71,28 @@ def test_a_layer_is_measured_both_ways() -> None:
 
 
 def test_more_work_takes_longer() -> None:
-    small, large = (measure_op(_linear(size=s), repeats=5) for s in (64, 1024))
+    small, large = (measure_graph(_alone(_linear(size=s)), repeats=5) for s in (64, 1024))
     assert isinstance(small, Measurement) and isinstance(large, Measurement)
     assert large.forward.best_s > 10 * small.forward.best_s
 
 
 def test_nothing_to_differentiate_has_no_backward() -> None:
     x, y = _value("x", 8, grad=False), _value("y", 8, grad=False)
-    found = measure_op(Op("y", "aten.exp.default", (x,), (), (y,)), repeats=3)
+    found = measure_graph(_alone(Op("y", "aten.exp.default", (x,), (), (y,))), repeats=3)
     assert isinstance(found, Measurement)
     assert found.backward is None
 
 
 def test_a_failed_measurement_says_why() -> None:
-    found = measure_op(_broken())
+    found = measure_graph(_alone(_broken()))
     assert isinstance(found, Failure)
     assert "cannot be multiplied" in found.reason
 
 
 def test_a_graph_beyond_memory_is_not_tried() -> None:
     huge = _value("x", 2**24, 2**24)
-    found = measure_op(Op("y", "aten.exp.default", (huge,), (), (_value("y", 2**24, 2**24),)))
+    op = Op("y", "aten.exp.default", (huge,), (), (_value("y", 2**24, 2**24),))
+    found = measure_graph(_alone(op))
     assert isinstance(found, Failure)
     assert "bytes but" in found.reason
 
@@ -171,8 +182,7 @@ def test_layers_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_failures_are_reported_and_not_kept(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c.jsonl")
-    device = find("cpu").device
-    found = profile_ops([_broken(), _linear()], device, cache=cache, repeats=3)
+    found = profile_ops([[_alone(_broken()), _alone(_linear())]], cache=cache)
     assert list(found.failures) == [op_key(_broken())]
     assert "cannot be multiplied" in found.failures[op_key(_broken())]
     assert list(found.table) == [op_key(_linear())]
@@ -182,13 +192,92 @@ def test_failures_are_reported_and_not_kept(tmp_path: Path) -> None:
     assert len(cache) == 1
 
 
-def test_a_time_limit_leaves_the_cheapest_to_the_analytic_costs(tmp_path: Path) -> None:
-    found = profile_ops(
-        [_linear(), _linear(size=512)], find("cpu").device, cache=Cache(tmp_path / "c"),
-        time_limit_s=0.0, repeats=3,
-    )  # fmt: skip
-    assert len(found.table) + len(found.skipped) == 2
-    assert op_key(_linear()) in found.skipped
+# Ops in the order of a step ----------------------------------------------------------------------
+
+
+def test_ops_are_measured_in_their_place() -> None:
+    """Forward and backward of every op, of at most so many equal layers."""
+    graph = _layer()
+    found = measure_in_order([graph] * 10, device=CPU, warm_up=0, repeats=2, least_s=0.0)
+    assert set(found) == {op_key(op) for op in graph.ops}
+    for times in found.values():
+        assert isinstance(times, OpTimes) and times.backward is not None
+        assert times.forward.repeats == times.backward.repeats == 2 * SAME_LAYERS
+
+
+def test_gradients_and_updates_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each op's backward gets what the one after it made, as plain autograd has it."""
+    graph = _layer()
+    tensors = tensors_for(graph, CPU)
+    given: list[torch.Tensor] = []
+    original = torch.autograd.grad
+
+    def watched(outputs: Any, inputs: Any, gradients: Any, **options: Any) -> Any:
+        given.extend(gradients)
+        return original(outputs, inputs, gradients, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    measure_in_order([graph], device=CPU, warm_up=0, repeats=1, least_s=0.0)
+    hidden = torch.nn.functional.linear(tensors["x"], tensors["w"])
+    (wanted,) = original(torch.sigmoid(hidden).sum(), hidden)
+    torch.testing.assert_close(given, [torch.ones_like(hidden), wanted])
+
+
+def test_what_cannot_run_alone_is_made_up() -> None:
+    """An op that fails, or that needs other ranks, does not keep the rest from being measured."""
+    broken, last = _broken(), _linear("z")
+    reduced = _value("r", 256, 128)
+    reduce = Op("r", "autoshard.all_reduce", (last.args[0],), (("axis", "tp"),), (reduced,))
+    after = Op("z", last.target, (reduced, last.args[1]), (), last.outputs)
+    graph = Graph((*broken.operands[:1], last.operands[0]), last.operands[1:],
+                  (broken, reduce, after), after.outputs)  # fmt: skip
+    renamed = graph.renamed({"x": "x"})
+    found = measure_in_order([renamed], device=CPU, warm_up=0, repeats=1, least_s=0.0)
+    assert isinstance(found[op_key(broken)], Failure)
+    assert isinstance(found[op_key(after)], OpTimes)
+    assert op_key(reduce) not in found
+
+
+def test_layers_beyond_memory_are_failures() -> None:
+    op = Op("y", "aten.exp.default", (_value("x", 2**24, 2**24),), (), (_value("y", 2**24, 2**24),))
+    found = measure_in_order([_alone(op)])
+    assert "bytes but" in str(found[op_key(op)])
+
+
+def test_companions_compute_until_the_measurement_ends() -> None:
+    with companions(2, [[_layer()]]):
+        assert len(_companions()) == 2
+    assert not _companions()
+
+
+def _companions() -> list[str]:
+    command = ["ps", "-o", "args", "--no-headers", "--ppid", str(os.getpid())]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if "autoshard.profile.companions" in line]
+
+
+def test_companions_that_cannot_begin_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    words = "expected to start a process that computes while ops are measured, but it ended"
+    with pytest.raises(AutoshardError, match=words), companions(1, [[_layer()]]):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "world_size", "number"),
+    [({}, 1, 2), ({}, 8, 1), ({"OMP_NUM_THREADS": "2"}, 8, 2), ({"LOCAL_WORLD_SIZE": "4"}, 8, 2)],
+)
+def test_ranks_compute_with_the_threads_that_torchrun_gives_them(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], world_size: int, number: int
+) -> None:
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    with threads(2):
+        assert rank_threads(world_size) == number
+    assert torch.get_num_threads() == before
 
 
 # Measured costs ----------------------------------------------------------------------------------
@@ -211,7 +300,8 @@ def test_ops_that_need_other_ranks_or_do_nothing_are_not_measured(tmp_path: Path
     x = _value("x", 8, 8)
     reduce = Op("r", "autoshard.all_reduce", (x,), (("axis", "tp"),), (x,))
     view = Op("v", "aten.view.default", (x, (64,)), (), (_value("v", 64),))
-    found = profile_ops([reduce, view], find("cpu").device, cache=Cache(tmp_path / "c"))
+    steps = [[Graph((x,), (), (reduce, view), view.outputs)]]
+    found = profile_ops(steps, cache=Cache(tmp_path / "c"))
     assert not found.table and not found.failures
 
 
@@ -219,7 +309,7 @@ def test_measured_ops_add_up_to_about_the_layer(tmp_path: Path) -> None:
     graph = _layer()
     cache = Cache(tmp_path / "c.jsonl")
     whole = profile_layer(graph, cache=cache, repeats=9)
-    table = profile_ops(graph.ops, find("cpu").device, cache=cache, repeats=9).table
+    table = profile_ops([[graph]], cache=cache).table
     costs = MeasuredCosts(find("cpu"), table)
     total = sum(costs.op(o).total_s for o in graph.ops)
     assert costs.origin["measured"] == 1.0
@@ -252,7 +342,8 @@ def test_fits_are_never_negative() -> None:
 
 def test_a_tier_takes_a_failed_kind_to_be_slow() -> None:
     def made(kind: str, rate: float) -> LinkFit:
-        return LinkFit(kind=kind, latency_s=1e-5, bytes_per_s=rate, error=0.0, samples={})
+        latency_s = 1e-5 if kind == "send" else 3e-5
+        return LinkFit(kind=kind, latency_s=latency_s, bytes_per_s=rate, error=0.0, samples={})
 
     fits = {
         "send": made("send", 4e9), "all_reduce": made("all_reduce", 1e9),
@@ -261,13 +352,15 @@ def test_a_tier_takes_a_failed_kind_to_be_slow() -> None:
     tier = tier_from("t", 0, fits)
     assert isinstance(tier, Tier)
     assert tier.bytes_per_s == 4e9
+    assert tier.latency_s == pytest.approx(2e-5)
+    assert tier.latency_factor == pytest.approx({"send": 0.5, "all_reduce": 1.5})
     assert tier.efficiency["all_reduce"] == tier.efficiency["all_to_all"] == 0.25
     nothing = tier_from("t", 0, {"send": Failure(reason="broken wire")})
     assert nothing == Failure(reason="broken wire")
 
 
 def _links() -> dict[str, LinkFit | Failure]:
-    return measure_links(sizes=(4096, 262144), repeats=2, device=CPU)
+    return measure_links(sizes=(4096, 262144), window_s=0.01, device=CPU)
 
 
 def test_links_of_real_processes(ranks: Any) -> None:
@@ -283,6 +376,15 @@ def test_links_of_real_processes(ranks: Any) -> None:
 def test_a_rank_alone_has_no_links() -> None:
     found = run_threads(1, _links)[0]
     assert all(isinstance(f, Failure) for f in found.values())
+
+
+def _jitter() -> float:
+    return machine.measure_jitter(machine.together, rounds=20)
+
+
+def test_jitter_is_the_same_on_all_ranks(ranks: Any) -> None:
+    first, second = ranks.run(_jitter, world=2)
+    assert first == second >= 0
 
 
 # The machine -------------------------------------------------------------------------------------

@@ -103,7 +103,9 @@ def _summary(cluster: Cluster) -> str:
     ]
     for tier in cluster.tiers:
         kinds = ", ".join(
-            f"{k} {tier.bytes_per_s * s / 1e9:.3g}" for k, s in tier.efficiency.items()
+            f"{k} {seconds(tier.latency_s * tier.latency_factor.get(k, 1.0))} and "
+            f"{tier.bytes_per_s * share / 1e9:.3g} GB/s"
+            for k, share in tier.efficiency.items()
         )
-        lines.append(f"{tier.name:10} {seconds(tier.latency_s)} per message, GB/s: {kinds}")
+        lines.append(f"{tier.name:10} per message: {kinds}")
     return "\n".join([*lines, f"links      {cluster.source}"])

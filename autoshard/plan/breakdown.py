@@ -8,7 +8,7 @@ so that the difference is what they add to the step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from autoshard.cluster import Link
@@ -146,6 +146,7 @@ class Breakdowns:
 
     def __init__(self, request: Request, best: StagedPlan, costs: CostModel) -> None:
         self._best = best
+        self._device = request.cluster.device
         links = axis_links(request.cluster, best.configuration.mesh)
         self._links = links
         self._watched = _Watched(costs, links)
@@ -223,7 +224,9 @@ class Breakdowns:
         if layer.name not in self._within:
             for op in layer.graph.ops:
                 collective_seconds(op, self._links, cast(CostModel, self._watched))
-            self._within[layer.name] = self._watched.taken()
+            pace = self._best.configuration.pace(self._device)
+            calls = (replace(c, seconds=pace * c.seconds) for c in self._watched.taken())
+            self._within[layer.name] = list(calls)
         return self._within[layer.name]
 
     def _once(self, layer: ClassCosts, book: _Book) -> tuple[float, float]:

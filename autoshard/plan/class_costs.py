@@ -61,6 +61,16 @@ class ClassCosts:
     saved: SavedActivations
 
 
+def at_pace(layer: ClassCosts, pace: float) -> ClassCosts:
+    """The class where all that a micro-batch needs takes ``pace`` times as long."""
+    menu = (replace(e, extra_backward_s=pace * e.extra_backward_s) for e in layer.menu)
+    return replace(
+        layer, forward_s=pace * layer.forward_s, backward_s=pace * layer.backward_s,
+        communication_s=pace * layer.communication_s, measured_s=pace * layer.measured_s,
+        menu=tuple(menu), op_s={name: pace * seconds for name, seconds in layer.op_s.items()},
+    )  # fmt: skip
+
+
 def axis_links(cluster: Cluster, mesh: Mesh) -> dict[str, Link]:
     """The links of the mesh axes on which layers communicate, ``tp`` innermost."""
     return {

@@ -162,7 +162,7 @@ class _Prices:
         software, parameters = self.request.software, self.whole.of_layers
         states = optimizer_states(self.request.optimizer)
         own = _bytes(parameters, None)
-        moved = 3 * _bytes(parameters, software.gradient_bytes)
+        moved = software.gradient_passes * _bytes(parameters, software.gradient_bytes)
         moved += 2 * _bytes(parameters, software.master_bytes)
         moved += 2 * states * _bytes(parameters, software.state_bytes)
         moved += own * (1 if software.master_bytes else 2)

@@ -36,7 +36,7 @@ from autoshard.plan.bounds import (
     seconds_of,
     whole_model,
 )
-from autoshard.plan.class_costs import ClassCosts, axis_links, cost_classes
+from autoshard.plan.class_costs import ClassCosts, at_pace, axis_links, cost_classes
 from autoshard.plan.context_axis import with_split_positions
 from autoshard.plan.expert_axis import spread_experts
 from autoshard.plan.infeasible import lacking_least, why_infeasible
@@ -337,7 +337,12 @@ class Search:
     def _least_s_of(self, configuration: Configuration, seconds: float) -> float:
         """From the seconds of a micro-batch over all stages, under the best mode for them."""
         modes = self._floors_of(configuration).modes
-        return min((floor.least_s(seconds) for floor in modes), default=math.inf)
+        pace = self._pace(configuration)
+        return min((pace * floor.least_s(seconds) for floor in modes), default=math.inf)
+
+    def _pace(self, configuration: Configuration) -> float:
+        """Nothing takes less than this share of what it takes while all ranks compute."""
+        return configuration.pace(self.request.cluster.device)
 
     def _lacking(self, configuration: Configuration, missing_bytes: float) -> Infeasible:
         return Infeasible(
@@ -383,8 +388,9 @@ class Search:
         """From what its stages may hold, in the seconds of the fastest sharding."""
         seconds, least = self._least_seconds(configuration), math.inf
         modes = self._floors_of(configuration).modes
+        pace = self._pace(configuration)
         for floor in sorted(modes, key=lambda f: f.least_s(seconds)):
-            above = floor.least_s(seconds)
+            above = pace * floor.least_s(seconds)
             if above >= least:
                 break
             least = min(least, max(above, self._least_in_stages_s(floor, seconds)))
@@ -396,7 +402,8 @@ class Search:
         if floor.configuration.mesh.pp == 1:
             return 0.0
         memory = self.request.memory_bytes
-        return self._timed("bounds", lambda: floor.least_in_stages_s(seconds, memory))
+        pace = self._pace(floor.configuration)
+        return pace * self._timed("bounds", lambda: floor.least_in_stages_s(seconds, memory))
 
     def _least_seconds(self, configuration: Configuration) -> float:
         """Of a micro-batch under the fastest sharding, over all stages."""
@@ -465,7 +472,8 @@ class Search:
 
     def _least_s_under(self, configuration: Configuration, sharding: Sharding) -> float:
         modes = self._floors_of(configuration).modes
-        return min((floor.spread_s(sharding.seconds) for floor in modes), default=math.inf)
+        pace = self._pace(configuration)
+        return min((pace * floor.spread_s(sharding.seconds) for floor in modes), default=math.inf)
 
     def _staged(
         self,
@@ -576,14 +584,10 @@ class Search:
     def _class_costs(
         self, configuration: Configuration, sharding: Sharding
     ) -> Mapping[str, ClassCosts]:
-        local, mesh, cluster = (
-            self._localised(configuration),
-            configuration.mesh,
-            self.request.cluster,
-        )
+        local, mesh = self._localised(configuration), configuration.mesh
         key = (id(local), mesh.tp, sharding.key)
         if key not in self._classes:
-            links = axis_links(cluster, mesh)
+            links = axis_links(self.request.cluster, mesh)
             self._classes[key] = self._timed(
                 "costs",
                 lambda: cost_classes(
@@ -592,7 +596,8 @@ class Search:
                     self.request.software, self._class.setdefault((id(local), mesh.tp), {}),
                 ),
             )  # fmt: skip
-        return self._classes[key]
+        pace, found = self._pace(configuration), self._classes[key]
+        return found if pace == 1 else {name: at_pace(c, pace) for name, c in found.items()}
 
     def _ranks(self, local: LocalProgram, sharding: Sharding, tp: int) -> dict[str, RankClass]:
         kind = self.request.cluster.device.kind

@@ -82,6 +82,17 @@ class Configuration:
         """The shortest step whose micro-batches take ``seconds`` each, over all stages."""
         return seconds * turns(self.looped)
 
+    def pace(self, device: Device) -> float:
+        """Seconds of a rank's compute, over what they are while all ranks compute at once.
+
+        Below 1 where ranks of a pipeline share cores: of ``share`` of a core's time for each, those
+        that compute get what those that wait in the bubble leave.
+        """
+        if device.share == 1 or self.workers:
+            return 1.0
+        busy = self.num_micro_batches / self.mesh.pp / turns(self.looped)
+        return max(device.share, busy)
+
     @property
     def paces(self) -> int:
         """Over how many micro-batches what is summed once per step is spread, if stages are equal.

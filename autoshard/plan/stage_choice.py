@@ -589,7 +589,9 @@ class _Choice:
         return [*kinds, *(t for name in first if (t := self._tied_type(name)) is not None)]
 
     def _work(self, index: int) -> WeightWork:
-        return weight_work(self._layer(index).graph, self.prices.costs)
+        work = weight_work(self._layer(index).graph, self.prices.costs)
+        pace = self.configuration.pace(self.request.cluster.device)
+        return replace(work, seconds=pace * work.seconds)
 
     def _too_few(self) -> Infeasible:
         return Infeasible(

@@ -146,9 +146,10 @@ class StageCosts:
         if not layer.parameters:
             return 0.0, 0.0
         software = self._software
-        reduced_s = gathered_s = 0.0
+        reduced_s = gathered_s = copied_s = 0.0
         if self.mode == "ddp":
             reduced_s = self._collective("all_reduce", layer, software.reduced_bytes)
+            copied_s = self._copied_s(layer) if software.copies_gradients and reduced_s else 0.0
         else:
             if not self._scatters_each:
                 kind: Collective = "all_reduce" if software.reduces_whole else "reduce_scatter"
@@ -156,20 +157,19 @@ class StageCosts:
             if self.mode != "zero3":
                 gathered_s = self._collective("all_gather", layer, software.gathered_bytes)
         exposed_s = self._exposed(reduced_s, layer.backward_s, software.overlaps_reduction)
-        return exposed_s + gathered_s + layer.reduced_s, self._optimizer_s(layer)
+        return exposed_s + copied_s + gathered_s + layer.reduced_s, self._optimizer_s(layer)
+
+    def _copied_s(self, layer: ClassCosts) -> float:
+        num_bytes = sum(kind.nbytes for kind in layer.parameters.values())
+        return stream_s(2 * num_bytes, self.request.cluster.device, kernels=0)
 
     def _optimizer_s(self, layer: ClassCosts) -> float:
-        """Gradients are read twice, for their norm and for the update, and zeroed; the copy in
-        higher precision and the optimizer's states are read and written, and so are parameters."""
         software, moved = self._software, 0.0
         states = optimizer_states(self.request.optimizer)
         for types, ranks in self._groups(layer):
             shares = 1 if self.mode == "ddp" else ranks.group_size
             for kind in types:
-                own = kind.dtype.itemsize
-                per_element = 3 * (software.gradient_bytes or own) + 2 * software.master_bytes
-                per_element += 2 * states * (software.state_bytes or own)
-                per_element += own * (1 if software.master_bytes else 2)
+                per_element = software.update_bytes(kind.dtype.itemsize, states)
                 moved += kind.numel * per_element / shares
         return stream_s(moved, self.request.cluster.device)
 

@@ -76,14 +76,16 @@ def _await(process: subprocess.Popen[bytes]) -> None:
 def _run() -> None:
     """The companion itself: until it is killed, or whoever started it is gone."""
     from autoshard.profile.in_order import measure_in_order
+    from autoshard.runtime.host_memory import keep_freed_memory
 
+    keep_freed_memory()  # as ranks do
     number, steps = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(number)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     ready = False
     while True:
         for step in steps:
-            measure_in_order(step, warm_up=0, repeats=3)
+            measure_in_order(step, warm_up=0, repeats=1, least_s=0.0)
             if not ready:
                 sys.stdout.buffer.write(_READY)
                 sys.stdout.flush()

@@ -8,6 +8,7 @@ backward, and each call is timed by itself.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,8 @@ def measure_in_order(
     *,
     device: torch.device | None = None,
     warm_up: int = 1,
-    repeats: int = 7,
-    max_s: float = 4.0,
+    repeats: int = 3,
+    least_s: float = 1.5,
 ) -> dict[str, OpTimes | Failure]:
     """Seconds of every distinct op, by :func:`autoshard.cost_models.costs.op_key`.
 
@@ -55,7 +56,9 @@ def measure_in_order(
             ranks: ops that communicate are not run.
         device: by default the GPU if there is one.
         warm_up: steps that are not timed.
-        repeats: steps that are; at least three, fewer than asked once they took ``max_s``.
+        repeats: steps that are, at least.
+        least_s: and as many more until they took so long: what else a machine does comes and goes
+            by the second.
     """
     where = device or present_device()
     failures: dict[str, Failure] = {}
@@ -65,15 +68,13 @@ def measure_in_order(
     except MemoryError as error:
         failure = Failure(reason=str(error))
         return {op_key(op): failure for g in graphs for op in g.ops if not needs_ranks(op)}
-    spent_s = 0.0
-    for run in range(warm_up + repeats):
-        if run >= warm_up + 3 and spent_s > max_s:
-            break
-        found = step.run()
-        if run >= warm_up:
-            for key, pairs in found.items():
-                samples[key] += pairs
-                spent_s += sum(map(sum, pairs))
+    for _ in range(warm_up):
+        step.run()
+    start, runs = time.perf_counter(), 0
+    while runs < repeats or time.perf_counter() - start < least_s:
+        for key, pairs in step.run().items():
+            samples[key] += pairs
+        runs += 1
     return {**{key: _times(pairs) for key, pairs in samples.items()}, **failures}
 
 
@@ -97,7 +98,7 @@ def _some_of(graphs: Sequence[Graph], device: torch.device) -> list[Graph]:
             counts[id(graph)] += 1
             if counts[id(graph)] <= most:
                 chosen.append(graph)
-        reason = too_large(chosen, device)
+        reason = too_large(chosen, device, copies=4)
         if not reason:
             return chosen
     raise MemoryError(reason)
@@ -110,6 +111,11 @@ class _Layer:
     graph: Graph
     tensors: Mapping[str, Tensor]
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = {v.name: self.tensors[v.name] for v in self.graph.parameters}
+        self.weights = {name: tensor for name, tensor in own.items() if tensor.requires_grad}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,9 @@ class _Step:
         self._keys = {id(op): op_key(op) for graph in graphs for op in graph.ops}
         self._device = device
         self._failures = failures
+        weights = [w for layer in self._layers for w in layer.weights.values()]
+        # Between steps it goes over all parameters, and leaves none of them in a cache.
+        self._optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True) if weights else None
 
     def run(self) -> dict[str, list[tuple[float, float]]]:
         """Forward and backward seconds of every call, by key."""
@@ -149,16 +158,18 @@ class _Step:
                     calls.append(call)
             del values
         seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        held: list[Tensor] = []  # gradients of parameters stay until the step ends
         while calls:
             call = calls.pop()
             key = self._keys[id(call.op)]
             try:
-                backward_s = self._backward(call, held)
+                backward_s = self._backward(call)
             except Exception as error:  # whatever a user's op raises is its measurement's failure
                 self._failures[key] = _failure(error)
                 continue
             seconds[key].append((call.forward_s, backward_s))
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
         return {key: pairs for key, pairs in seconds.items() if key not in self._failures}
 
     def _forward(self, op: Op, layer: _Layer, values: dict[str, Tensor]) -> _Call | None:
@@ -180,14 +191,15 @@ class _Step:
         values.update((v.name, stand_in(v, self._device)) for v in op.outputs)
         return None
 
-    def _backward(self, call: _Call, held: list[Tensor]) -> float:
-        gradients = call.layer.gradients
+    def _backward(self, call: _Call) -> float:
+        gradients, weights = call.layer.gradients, call.layer.weights
         wanted = {name: leaf for name, leaf in call.leaves.items() if leaf.requires_grad}
         arrived = [gradients.pop(name, None) for name in call.roots]
         if not wanted or not call.roots:
             return 0.0
         roots = list(call.roots.values())
-        given = [torch.ones_like(r) if g is None else g for r, g in zip(roots, arrived, strict=True)]
+        pairs = zip(roots, arrived, strict=True)
+        given = [torch.ones_like(root) if g is None else g for root, g in pairs]
         found: list[tuple[Tensor | None, ...]] = []
         backward_s = elapsed_s(
             lambda: found.append(
@@ -198,11 +210,12 @@ class _Step:
         for name, gradient in zip(wanted, found[0], strict=True):
             if gradient is None:
                 continue
-            if name in call.layer.tensors:
-                held.append(gradient)
+            known = weights[name].grad if name in weights else gradients.get(name)
+            total = gradient if known is None else known + gradient
+            if name in weights:
+                weights[name].grad = total
             else:
-                known = gradients.get(name)
-                gradients[name] = gradient if known is None else known + gradient
+                gradients[name] = total
         return backward_s
 
 

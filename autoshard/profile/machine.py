@@ -16,11 +16,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoshard.cluster import Cluster, Device, Tier, check, find, this_machine
+from autoshard.cluster import Cluster, Device, Tier, check, core_share, find, this_machine
+from autoshard.cost_models.collective import late_last
 from autoshard.errors import AutoshardError, OptionError
 from autoshard.profile.links import LinkFit, measure_links, tier_from
 from autoshard.profile.measure import Failure
-from autoshard.profile.timing import Clock, alone, environment, present_device, together
+from autoshard.profile.timing import (
+    Clock,
+    alone,
+    elapsed_s,
+    environment,
+    present_device,
+    together,
+)
+from autoshard.runtime.host_memory import keep_freed_memory
 
 _DTYPES = {
     "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16,
@@ -38,13 +47,14 @@ def measure_device(
     Args:
         clock: how calls are timed.
         matrix: rows and columns of the products; by default enough to fill the device.
-        stream_bytes: size of the tensors that are streamed; by default well beyond GPU caches, and
-            the size of usual activations on a CPU.
+        stream_bytes: size of the tensors that are streamed; by default beyond caches.
     """
     where = present_device()
     on_gpu = where.type == "cuda"
+    if not on_gpu:
+        keep_freed_memory()  # as ranks do
     side = matrix or (8192 if on_gpu else 1024)
-    size = stream_bytes or (2**30 if on_gpu else 16 * 2**20)
+    size = stream_bytes or (2**30 if on_gpu else 24 * 2**20)
     rates = {}
     for name, dtype in _DTYPES.items():
         # Some have no units of their own there, and take a hundred times as long.
@@ -61,12 +71,12 @@ def measure_device(
     best = torch.bfloat16 if on_gpu and "bf16" in rates else torch.float32
     peak = rates["bf16" if best == torch.bfloat16 else "f32"]
     source = torch.ones(size // 4, device=where)
-    target = torch.empty_like(source)
-    written_s = clock(lambda: torch.add(source, 1.0, out=target))
-    made_s = clock(lambda: source + 1.0)
+    target = torch.zeros_like(source)
+    written_s = clock(lambda: target.add_(source))
+    made_s = clock(lambda: source + target)
     return Device(
         name=environment(where)["device"], memory_bytes=_memory_bytes(where), kind=where.type,
-        bytes_per_s=2 * size / min(written_s, made_s), flops_per_s=rates, matmul_efficiency=1.0,
+        bytes_per_s=3 * size / min(written_s, made_s), flops_per_s=rates, matmul_efficiency=1.0,
         memory_efficiency=min(1.0, written_s / made_s), launch_s=_launch_s(where, clock),
         attention_efficiency=min(1.0, _attention_rate(best, where, clock) / peak),
     )  # fmt: skip
@@ -86,9 +96,13 @@ def write_cluster(path: str | os.PathLike[str], *, name: str | None = None) -> C
     running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     shares = running and present_device().type == "cpu"
     device = measure_device(together if shares else alone)
+    if shares:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        device = replace(device, share=core_share(processes * torch.get_num_threads()))
     host = name or f"measured {device.name}"
     if running:
         tiers, remarks = _measured_tiers()
+        device = replace(device, jitter_s=measure_jitter(together if shares else alone))
         cluster = Cluster(name=host, device=device, tiers=tiers, source=remarks)
         shared = [cluster]
         dist.broadcast_object_list(shared, src=0)
@@ -105,6 +119,36 @@ def write_cluster(path: str | os.PathLike[str], *, name: str | None = None) -> C
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         cluster.save(path)
     return cluster
+
+
+def measure_jitter(clock: Clock, rounds: int = 400) -> float:
+    """How unevenly ranks come to a collective that stands between ops: ``Device.jitter_s``.
+
+    All ranks compute and reduce in turns. What a turn takes beyond computing by itself and reducing
+    by itself is waiting, of which :func:`autoshard.cost_models.collective.waiting_s` has the
+    standard deviation that it comes from.
+    """
+    where = present_device()
+    side = 4096 if where.type == "cuda" else 512  # about a layer
+    a, small = torch.ones(side, side, device=where), torch.ones(2**14, device=where)
+
+    def turns(compute: bool, reduce: bool) -> None:
+        for _ in range(rounds):
+            if compute:
+                a @ a
+            if reduce:
+                dist.all_reduce(small)
+
+    def seconds(compute: bool, reduce: bool) -> float:
+        turns(compute, reduce)
+        dist.barrier()
+        return elapsed_s(lambda: turns(compute, reduce), where) / rounds
+
+    waited_s = seconds(True, True) - clock(lambda: a @ a) - seconds(False, True)
+    mean = torch.tensor([max(0.0, waited_s)], dtype=torch.float64, device=where)
+    dist.all_reduce(mean)
+    mean /= dist.get_world_size()
+    return float(mean.item()) / late_last(dist.get_world_size())
 
 
 def _measured_tiers() -> tuple[tuple[Tier, ...], str]:

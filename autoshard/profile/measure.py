@@ -154,9 +154,13 @@ def _allocated_since(held: int, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else 0
 
 
-def too_large(graphs: Sequence[Graph], device: torch.device) -> str:
-    """A reason not to try, before the machine starts swapping; empty if there is none."""
-    needed = 2 * sum(v.type.nbytes for graph in graphs for v in graph.values.values())
+def too_large(graphs: Sequence[Graph], device: torch.device, *, copies: int = 2) -> str:
+    """A reason not to try, before the machine starts swapping; empty if there is none.
+
+    Args:
+        copies: tensors like each value that are there at once: itself, its gradient, ...
+    """
+    needed = copies * sum(v.type.nbytes for graph in graphs for v in graph.values.values())
     available = _available_bytes(device)
     if needed > available:
         return f"needs about {needed} bytes but {available} are free on {device.type}"

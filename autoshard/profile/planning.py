@@ -25,6 +25,7 @@ from autoshard.plan.plan import Plan
 from autoshard.profile.cache import Cache
 from autoshard.profile.profiler import Step, profile_ops
 from autoshard.profile.timing import present_device, rank_threads, threads
+from autoshard.runtime.host_memory import keep_freed_memory
 
 MOST_ROUNDS = 5
 """Plans that are tried; the last one may then contain ops whose costs are scaled figures."""
@@ -101,6 +102,7 @@ class _Sharing:
 def _sharing(device: str, world_size: int) -> _Sharing:
     if device != "cpu":
         return _Sharing(torch.get_num_threads(), 1, 1.0)
+    keep_freed_memory()  # as ranks do
     threads = rank_threads(world_size)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     room = max(1, num_cores() // threads)

@@ -41,7 +41,6 @@ def profile_ops(
     *,
     processes: int = 1,
     cache: Cache | None = None,
-    repeats: int = 7,
 ) -> OpProfile:
     """Measure each distinct op of some ranks' steps, at its (local) shapes and in its place.
 
@@ -62,7 +61,7 @@ def profile_ops(
     if unknown:
         with companions(processes - 1, unknown):
             for step in unknown:
-                for key, found in measure_in_order(step, repeats=repeats).items():
+                for key, found in measure_in_order(step).items():
                     if isinstance(found, Failure):  # not kept on disk: it may pass next time
                         failures[key] = found.reason
                     elif key in missing:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from autoshard.errors import AutoshardError, LaunchError
+from autoshard.runtime.host_memory import keep_freed_memory
 from autoshard.runtime.mesh import DEFAULT_TIMEOUT, Mesh
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -221,7 +222,7 @@ def start(
     """
     global _run
     if _run is None and dist.is_initialized():
-        return _device(device_type, int(os.environ.get("LOCAL_RANK", "0")))
+        return _prepared(_device(device_type, int(os.environ.get("LOCAL_RANK", "0"))))
     if _run is None:
         _run = initialise(world_size, timeout=timeout, device_type=device_type)
     if _run.environment.world_size != world_size:
@@ -229,7 +230,13 @@ def start(
             f"expected {world_size} processes but got {_run.environment.world_size}; "
             f"start it with:\n  {torchrun_line(world_size)}"
         )
-    return _run.device
+    return _prepared(_run.device)
+
+
+def _prepared(device: torch.device) -> torch.device:
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
 def device() -> torch.device:

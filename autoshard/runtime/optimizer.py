@@ -21,7 +21,9 @@ OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 OptimizerChoice = str | OptimizerFactory
 
 
-def _fused(kind: Callable[..., Optimizer], *, on: tuple[str, ...], **options: Any) -> OptimizerFactory:
+def _fused(
+    kind: Callable[..., Optimizer], *, on: tuple[str, ...], **options: Any
+) -> OptimizerFactory:
     """An optimizer that reads and writes memory once per step where torch has such a kernel.
 
     The others pass over the parameters once per operation, on a CPU several times as long.

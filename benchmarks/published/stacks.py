@@ -19,6 +19,9 @@ BUCKETS = 4 * 2 * 5e8
 """DeepSpeed's flat buffers for reduction and gathering, two of each, 5e8 16-bit elements."""
 MIXED = {"master_bytes": 4, "state_bytes": 4}
 """Adam in float32 on a float32 copy of 16-bit parameters (Micikevicius et al. 2018)."""
+CLIPPED = {"gradient_passes": 3, "copies_gradients": False}
+"""Gradients are read for their norm, to update, and zeroed: all of these programs clip them, and
+make them where they are reduced."""
 
 CORE_ATTENTION = ("*attention_core*",)
 """From the scores to the weighted sum (Korthikanti et al. 2022, section 5)."""
@@ -29,7 +32,7 @@ EVERY_SECOND_PRODUCT = (
 
 
 def _software(name: str, gradient_bytes: int, **more: bool | int) -> Software:
-    return Software(name=name, gradient_bytes=gradient_bytes, **MIXED, **more)  # type: ignore[arg-type]
+    return Software(name=name, gradient_bytes=gradient_bytes, **CLIPPED, **MIXED, **more)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +126,7 @@ FMS = _software("fms-fsdp, compiled", 4, reduced_bytes=2, fuses_pointwise=True)
 MAXTEXT = _software("MaxText (XLA)", 4, reduced_bytes=4, fuses_pointwise=True)
 INTERN = _software("InternEvo", 2)
 # Parameters, gradients and states in bf16, as the memory of its runs on one device says.
-KEMPNER = Software(name="KempnerForge", reduced_bytes=4)
+KEMPNER = Software(name="KempnerForge", reduced_bytes=4, **CLIPPED)
 KEMPNER_COMPILED = replace(KEMPNER, name="KempnerForge, compiled", fuses_pointwise=True)
 ALPA = _software(
     "Alpa (XLA)", 2, fuses_pointwise=True, overlaps_reduction=False, overlaps_gathering=False
