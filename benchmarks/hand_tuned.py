@@ -2,7 +2,8 @@
 
 For each model and number of processes: measure this machine, pin every mesh with the micro-batches
 and recompute that a person would try, plan once without pins, and train all of them in one
-``torchrun``, taking turns, so that whatever else the machine does hits all of them alike.
+``torchrun``, taking turns, so that whatever else the machine does hits all of them alike. Plans
+are made with their own ops measured (``--analytic``: by the cluster's figures alone).
 Run ``python -m benchmarks.hand_tuned`` (``--quick`` for one model and fewer plans).
 """
 
@@ -54,6 +55,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS))
     parser.add_argument("--rounds", type=int, default=7, help="turns of every plan")
     parser.add_argument("--quick", action="store_true", help="one model, meshes only, 3 turns")
+    parser.add_argument("--analytic", action="store_true", help="do not measure single ops")
     parser.add_argument("--json", action="store_true", help="print all rows as JSON")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -63,12 +65,15 @@ def main() -> int:
         return 0
     models = args.models[:1] if args.quick else args.models
     rounds = min(args.rounds, 3) if args.quick else args.rounds
+    costs = None if args.analytic else "measured"
     results: dict[str, Any] = {}
     for processes in args.processes:
         with tempfile.TemporaryDirectory() as folder:
             cluster = measured_cluster(Path(folder), processes)
             for model in models:
-                rows = compare(model, processes, cluster, Path(folder), rounds, args.quick)
+                rows = compare(
+                    model, processes, cluster, Path(folder), rounds, args.quick, costs=costs
+                )
                 results[f"{model} on {processes}"] = _summary(rows)
                 if not args.json:
                     _show(model, processes, rows)
