@@ -20,9 +20,8 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from autoshard.cluster import Cluster
 from autoshard.cost_models.costs import AnalyticCosts, CostModel
@@ -30,31 +29,21 @@ from autoshard.errors import InfeasibleError, OptionError
 from autoshard.ir import Program
 from autoshard.options import Constraints
 from autoshard.plan.alternatives import alternative, front, runners_up, time_first
-from autoshard.plan.bounds import (
-    WholeModel,
-    ideal,
-    seconds_of,
-    whole_model,
-)
-from autoshard.plan.class_costs import ClassCosts, at_pace, axis_links, cost_classes
-from autoshard.plan.context_axis import with_split_positions
-from autoshard.plan.expert_axis import spread_experts
 from autoshard.plan.infeasible import lacking_least, why_infeasible
-from autoshard.plan.local_program import LocalProgram, coupling, localise_batch
-from autoshard.plan.memo import Memo, RankClass, rank_classes
-from autoshard.plan.mode_bounds import Floor, Floors, floors
+from autoshard.plan.memo import Memo
+from autoshard.plan.phases import Phases
 from autoshard.plan.plan import Alternative, Candidate, Plan
+from autoshard.plan.rank_programs import RankPrograms
 from autoshard.plan.request import Request
-from autoshard.plan.sharding_front import PRICES, Sharding, Shardings
+from autoshard.plan.search_bounds import SearchBounds
+from autoshard.plan.sharding_front import PRICES, Sharding
 from autoshard.plan.space import Configuration, configurations
 from autoshard.plan.stage_choice import Beaten, Infeasible, StagedPlan, choose_stages
-from autoshard.plan.tensor_axis import refuse_missing_rules, replicated, tensor_problem
+from autoshard.plan.tensor_axis import refuse_missing_rules, replicated
 from autoshard.plan.write import write_plan
-from autoshard.report.units import nbytes
 from autoshard.schedules import SCHEDULES
 from autoshard.software import OWN, Software
 
-T = TypeVar("T")
 Progress = Callable[[str], None]
 Solved = tuple[Alternative, StagedPlan]
 
@@ -169,7 +158,7 @@ class Search:
     """The search and what it has computed so far.
 
     Attributes:
-        seconds: spent, by phase.
+        phases: seconds spent, by phase.
         evaluated: how many configurations were solved in full.
     """
 
@@ -177,9 +166,10 @@ class Search:
     costs: CostModel
     progress: Progress = lambda text: None
     memo: Memo = field(default_factory=Memo)
-    seconds: dict[str, float] = field(default_factory=dict)
+    phases: Phases = field(default_factory=Phases)
     evaluated: int = 0
-    coupled: tuple[str, ...] = ()
+    programs: RankPrograms = field(init=False)
+    bounds: SearchBounds = field(init=False)
     _best: StagedPlan | None = None
     _solved: list[StagedPlan] = field(default_factory=list)
     _rejected: dict[Configuration, Infeasible] = field(default_factory=dict)
@@ -187,12 +177,13 @@ class Search:
     _candidates: list[Candidate] = field(default_factory=list)
     _refusals: list[OptionError] = field(default_factory=list)
     _open: _Open = field(default_factory=lambda: _Open((), ()))
-    _whole: WholeModel | None = None
-    _floors: dict[Configuration, Floors] = field(default_factory=dict)
-    _local_s: dict[tuple[int, bool], float] = field(default_factory=dict)
-    _shardings: dict[tuple[int, int], Shardings | None] = field(default_factory=dict)
-    _classes: dict[tuple[int, int, str], dict[str, ClassCosts]] = field(default_factory=dict)
-    _class: dict[tuple[int, int], dict[tuple[str, str], ClassCosts]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse = self._refusals.append
+        self.programs = RankPrograms(self.request, self.costs, self.memo, self.phases, refuse)
+        self.bounds = SearchBounds(
+            self.request, self.costs, self.programs, self.phases, self._reject, refuse
+        )
 
     def run(self) -> Plan:
         """The best plan; errors as :func:`find_plan`."""
@@ -206,20 +197,20 @@ class Search:
         if self.request.time_limit_s is None:
             self._solve_runners_up()
         solved = [(alternative(staged), staged) for staged in self._solved]
-        leaner = self._timed("front", lambda: self._in_less_memory(solved))
+        leaner = self.phases.timed("front", lambda: self._in_less_memory(solved))
         # What the search compares by is a little more than an uneven pipeline takes: of those that
         # it solved, the simulation has the last word.
         chosen, best = min((*solved, *leaner), key=lambda pair: time_first(pair[0]))
-        local = self._exact(best.configuration)
+        local = self.programs.exact(best.configuration)
         shared = {c.name for c in self.request.program.classes if c.kind == "shared"}
         # How shared ops lie on tp depends on how the batch is split, step by step.
         exact = {name: replicated(local.graphs[name]) for name in shared}
         best = replace(best, assignments={**best.assignments, **exact})
         return write_plan(
-            self.request, best, local, self.costs, coupled=self.coupled, bound_s=self._least_s,
-            compared_s=compared_s, candidates=self._others_than(best),
+            self.request, best, local, self.costs, coupled=self.programs.coupled,
+            bound_s=self._least_s, compared_s=compared_s, candidates=self._others_than(best),
             runners_up=runners_up(chosen, [found for found, _ in solved]),
-            front=front([found for found, _ in (*solved, *leaner)]), seconds=self.seconds,
+            front=front([found for found, _ in (*solved, *leaner)]), seconds=self.phases.seconds,
         )  # fmt: skip
 
     def search(self, *, first: bool = False) -> StagedPlan | None:
@@ -230,12 +221,9 @@ class Search:
         """
         request = self.request
         start = time.perf_counter()
-        if self.memo.coupled is None:
-            self.memo.coupled = self._timed("batch", lambda: coupling(request.program))
-        self.coupled = self.memo.coupled
         space = configurations(
             request.program, request.world_size, request.constraints, request.cluster,
-            coupled=bool(self.coupled), standalone=request.standalone,
+            coupled=bool(self.programs.coupled), standalone=request.standalone,
             num_samples=request.num_samples,
         )  # fmt: skip
         deadline = start + (math.inf if request.time_limit_s is None else request.time_limit_s)
@@ -244,10 +232,7 @@ class Search:
         levels: tuple[Callable[[Configuration], float], ...] = ()
         replicated = request.constraints.replicated  # bounds know one replica of each stage
         if len(space) > 1 and not replicated:  # else nothing to prune
-            levels = (
-                self._bound_from_whole, self._bound_from_ops,
-                self._bound_from_shardings, self._bound_from_sharding, self._bound_from_stages,
-            )  # fmt: skip
+            levels = self.bounds.levels
         self._open = _Open(closed or simulated, levels)
         if closed:
             self._search_best_first(self._open, first, deadline, most=len(closed))
@@ -309,120 +294,6 @@ class Search:
         except (OptionError, InfeasibleError):
             return False
 
-    def _timed(self, phase: str, function: Callable[[], T]) -> T:
-        start = time.perf_counter()
-        try:
-            return function()
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    # -- bounds, each tighter and dearer than the one before --------------------------------------
-
-    def _bound_from_whole(self, configuration: Configuration) -> float:
-        mesh = configuration.mesh
-        program = self.request.program
-        parts = program.batch_size / configuration.micro_batch_size * mesh.cp * mesh.tp
-        found = self._floors_of(configuration)
-        if not found.modes:
-            self._reject(self._lacking(configuration, found.missing_bytes))
-        return self._least_s_of(configuration, self.whole.seconds / parts)
-
-    def _floors_of(self, configuration: Configuration) -> Floors:
-        if configuration not in self._floors:
-            self._floors[configuration] = floors(
-                self.whole, configuration, self.request, self.costs
-            )
-        return self._floors[configuration]
-
-    def _least_s_of(self, configuration: Configuration, seconds: float) -> float:
-        """From the seconds of a micro-batch over all stages, under the best mode for them."""
-        modes = self._floors_of(configuration).modes
-        pace = self._pace(configuration)
-        return min((pace * floor.least_s(seconds) for floor in modes), default=math.inf)
-
-    def _pace(self, configuration: Configuration) -> float:
-        """Nothing takes less than this share of what it takes while all ranks compute."""
-        return configuration.pace(self.request.cluster.device)
-
-    def _lacking(self, configuration: Configuration, missing_bytes: float) -> Infeasible:
-        return Infeasible(
-            configuration=configuration, missing_bytes=missing_bytes, stage=0, exact=False,
-            reason=f"every stage lacks at least {nbytes(missing_bytes)}",
-        )  # fmt: skip
-
-    @property
-    def whole(self) -> WholeModel:
-        """The facts that bounds are made of."""
-        if self._whole is None:
-            self._whole = self._timed(
-                "bounds", lambda: whole_model(self.request.program, ideal(self.costs))
-            )
-        return self._whole
-
-    def _bound_from_ops(self, configuration: Configuration) -> float:
-        try:
-            seconds = self._op_seconds(configuration, ideal(self.costs)) / configuration.mesh.tp
-        except OptionError as refusal:  # an op that cannot be split over positions
-            self._refusals.append(refusal)
-            return float("inf")
-        return self._least_s_of(configuration, seconds)
-
-    def _bound_from_shardings(self, configuration: Configuration) -> float:
-        """From the fastest sharding over however many micro-batches."""
-        if configuration.mesh.tp == 1:
-            return 0.0
-        shardings = self._shardings_of(configuration)
-        if shardings is None:
-            return float("inf")
-        seconds = self._timed("sharding", shardings.least_s)
-        return self._least_s_of(configuration, seconds)
-
-    def _bound_from_sharding(self, configuration: Configuration) -> float:
-        if configuration.mesh.tp == 1:
-            seconds = self._op_seconds(configuration, self.costs)
-            return self._least_s_of(configuration, seconds)
-        sharding = self._sharding(configuration, 0.0)
-        return self._least_s_under(configuration, sharding) if sharding else float("inf")
-
-    def _bound_from_stages(self, configuration: Configuration) -> float:
-        """From what its stages may hold, in the seconds of the fastest sharding."""
-        seconds, least = self._least_seconds(configuration), math.inf
-        modes = self._floors_of(configuration).modes
-        pace = self._pace(configuration)
-        for floor in sorted(modes, key=lambda f: f.least_s(seconds)):
-            above = pace * floor.least_s(seconds)
-            if above >= least:
-                break
-            least = min(least, max(above, self._least_in_stages_s(floor, seconds)))
-        if least == math.inf and seconds < math.inf:
-            self._reject(self._lacking(configuration, 0.0))
-        return least
-
-    def _least_in_stages_s(self, floor: Floor, seconds: float) -> float:
-        if floor.configuration.mesh.pp == 1:
-            return 0.0
-        memory = self.request.memory_bytes
-        pace = self._pace(floor.configuration)
-        return pace * self._timed("bounds", lambda: floor.least_in_stages_s(seconds, memory))
-
-    def _least_seconds(self, configuration: Configuration) -> float:
-        """Of a micro-batch under the fastest sharding, over all stages."""
-        if configuration.mesh.tp == 1:
-            return self._op_seconds(configuration, self.costs)
-        shardings = self._shardings_of(configuration)
-        return shardings.least_s() if shardings else float("inf")
-
-    def _op_seconds(self, configuration: Configuration, costs: CostModel) -> float:
-        """Of one micro-batch through the whole model, before the tensor axis splits it."""
-        local = self._localised(configuration)
-        key = (id(local), costs is self.costs)
-        if key not in self._local_s:
-            self._local_s[key] = sum(
-                local.counts[name] * seconds_of(graph, costs)
-                for name, graph in local.graphs.items()
-            )
-        return self._local_s[key]
-
     # -- one configuration ------------------------------------------------------------------------
 
     def _evaluate(self, configuration: Configuration, bound_s: float, left: str) -> None:
@@ -442,15 +313,15 @@ class Search:
             if beaten is not None and beaten.unhindered:
                 break
             if price:  # the highest price brackets the others: often nothing is left to solve
-                self._sharding(configuration, PRICES[-1])
-            sharding = self._sharding(configuration, price)
+                self.programs.sharding(configuration, PRICES[-1])
+            sharding = self.programs.sharding(configuration, price)
             if sharding is None or sharding.key in tried:
                 continue
             tried.add(sharding.key)
             rivals = [p.step_s for p in (best, found) if p is not None]
             if configuration.workers:
                 rivals = []  # bounds know one replica of each stage
-            if rivals and self._least_s_under(configuration, sharding) >= min(rivals):
+            if rivals and self.bounds.least_s_under(configuration, sharding) >= min(rivals):
                 continue
             limit_s = WORTH_KNOWING * min(rivals, default=float("inf"))
             outcome = self._staged(configuration, sharding, limit_s=limit_s)
@@ -470,11 +341,6 @@ class Search:
         elif nearest is not None:
             self._reject(nearest)
 
-    def _least_s_under(self, configuration: Configuration, sharding: Sharding) -> float:
-        modes = self._floors_of(configuration).modes
-        pace = self._pace(configuration)
-        return min((pace * floor.spread_s(sharding.seconds) for floor in modes), default=math.inf)
-
     def _staged(
         self,
         configuration: Configuration,
@@ -483,10 +349,12 @@ class Search:
         exactly: bool = False,
         limit_s: float = float("inf"),
     ) -> StagedPlan | Infeasible | Beaten:
-        classes = self._class_costs(configuration, sharding)
-        found = () if configuration.workers or exactly else self._floors_of(configuration).modes
+        classes = self.programs.class_costs(configuration, sharding)
+        found = (
+            () if configuration.workers or exactly else self.bounds.floors_of(configuration).modes
+        )
         modes = [floor.mode for floor in found]
-        return self._timed(
+        return self.phases.timed(
             "stages",
             lambda: choose_stages(
                 self.request, configuration, sharding.assignments, classes, self.costs,
@@ -496,115 +364,13 @@ class Search:
 
     def _lack_exactly(self, configuration: Configuration) -> Infeasible | None:
         """What a configuration that was rejected lacks under its leanest sharding."""
-        shardings = (self._sharding(configuration, price) for price in PRICES)
+        shardings = (self.programs.sharding(configuration, price) for price in PRICES)
         found = [
             self._staged(configuration, sharding, exactly=True)
             for sharding in {s.key: s for s in shardings if s is not None}.values()
         ]
         lacking = [o for o in found if isinstance(o, Infeasible)]
         return min(lacking, key=lambda o: o.missing_bytes, default=None)
-
-    def _localised(self, configuration: Configuration) -> LocalProgram:
-        """The program of one rank and micro-batch, by what it depends on for costs.
-
-        Without coupling only the micro-batch size matters, so that is split off in one go.
-        """
-        mesh, program = configuration.mesh, self.request.program
-        exact = (mesh.dp, configuration.parts, mesh.cp, mesh.tp, mesh.ep)
-        if not self.coupled:
-            micro_batches = program.batch_size // configuration.micro_batch_size
-            exact = (1, micro_batches, mesh.cp, mesh.tp if mesh.cp > 1 else 1, mesh.ep)
-        if exact not in self.memo.locals:
-            self.memo.locals[exact] = self._split_batch(*exact)
-        return self.memo.locals[exact]
-
-    def _exact(self, configuration: Configuration) -> LocalProgram:
-        """The program of one rank and micro-batch with dp and micro-batches as two axes."""
-        mesh, request = configuration.mesh, self.request
-        if request.num_samples != request.program.batch_size:
-            return self._localised(configuration)
-        exact = (mesh.dp, configuration.parts, mesh.cp, mesh.tp, mesh.ep)
-        if exact not in self.memo.locals:
-            self.memo.locals[exact] = self._split_batch(*exact)
-        return self.memo.locals[exact]
-
-    def _split_batch(
-        self, dp: int, num_micro_batches: int, cp: int, tp: int, ep: int
-    ) -> LocalProgram:
-        program, cluster = self.request.program, self.request.cluster
-        local = self._timed(
-            "batch",
-            lambda: localise_batch(program, dp, num_micro_batches, self.costs, cluster, cp * tp),
-        )
-        if ep > 1:
-            local = spread_experts(local, ep)
-        if cp == 1:
-            return local
-        return self._timed("sharding", lambda: with_split_positions(local, cp, tp, self.costs))
-
-    def _sharding(self, configuration: Configuration, price: float) -> Sharding | None:
-        """The best sharding at a price of memory; ``None`` if pins leave none."""
-        local, tp = self._localised(configuration), configuration.mesh.tp
-        if tp == 1:
-            whole = {name: replicated(graph) for name, graph in local.graphs.items()}
-            return Sharding(assignments=whole, seconds=0.0, key="")
-        pace, mesh = configuration.paces, configuration.mesh
-        pins = self.request.constraints
-        pinned = tuple(sorted(pins.sharding.items()))
-        size = configuration.micro_batch_size
-        kept = (tp, mesh.cp, mesh.ep, size, price, pins.sequence_parallel, pinned)
-        if self.memo.keeps_shardings and kept in self.memo.shardings:
-            return self.memo.shardings[kept]
-        shardings = self._shardings_of(configuration)
-        if shardings is None:
-            return None
-        per_byte = price * self.whole.memory_price if price else 0.0
-        found = self._timed("sharding", lambda: shardings.at(pace, per_byte))
-        if self.memo.keeps_shardings:
-            self.memo.shardings[kept] = found
-        return found
-
-    def _shardings_of(self, configuration: Configuration) -> Shardings | None:
-        """All shardings of a configuration's program; ``None`` if pins leave none."""
-        local, tp = self._localised(configuration), configuration.mesh.tp
-        key = (id(local), tp)
-        if key not in self._shardings:
-            try:
-                self._shardings[key] = self._timed(
-                    "sharding",
-                    lambda: Shardings(
-                        tensor_problem(self.request, local, configuration.mesh, self.costs)
-                    ),
-                )
-            except OptionError as refusal:
-                self._refusals.append(refusal)
-                self._shardings[key] = None
-        return self._shardings[key]
-
-    def _class_costs(
-        self, configuration: Configuration, sharding: Sharding
-    ) -> Mapping[str, ClassCosts]:
-        local, mesh = self._localised(configuration), configuration.mesh
-        key = (id(local), mesh.tp, sharding.key)
-        if key not in self._classes:
-            links = axis_links(self.request.cluster, mesh)
-            self._classes[key] = self._timed(
-                "costs",
-                lambda: cost_classes(
-                    self.request.program, self._ranks(local, sharding, mesh.tp),
-                    sharding.assignments, links, self.costs, self.request.constraints,
-                    self.request.software, self._class.setdefault((id(local), mesh.tp), {}),
-                ),
-            )  # fmt: skip
-        pace, found = self._pace(configuration), self._classes[key]
-        return found if pace == 1 else {name: at_pace(c, pace) for name, c in found.items()}
-
-    def _ranks(self, local: LocalProgram, sharding: Sharding, tp: int) -> dict[str, RankClass]:
-        kind = self.request.cluster.device.kind
-        known = self.memo.ranks.setdefault((id(local), tp, kind), {})
-        return rank_classes(
-            self.request.program, local.graphs, sharding.assignments, tp, kind, known
-        )
 
     # -- the record -------------------------------------------------------------------------------
 
@@ -618,7 +384,7 @@ class Search:
                 continue
             tries += 1
             for price in PRICES:
-                sharding = self._sharding(configuration, price)
+                sharding = self.programs.sharding(configuration, price)
                 found = self._staged(configuration, sharding) if sharding else None
                 if isinstance(found, StagedPlan):
                     kinds.add(configuration.kind)
