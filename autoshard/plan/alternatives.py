@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from autoshard.plan.plan import Alternative
-from autoshard.plan.stage_choice import StagedPlan
+from autoshard.plan.staged_plan import StagedPlan
 
 NUM_RUNNERS_UP = 8
 """Runner-up plans that a plan remembers."""

@@ -33,8 +33,8 @@ from autoshard.plan.plan import Breakdown, Communication, ConversionReport, Laye
 from autoshard.plan.recompute import MenuEntry
 from autoshard.plan.request import Request
 from autoshard.plan.scheduled_stages import PipelineSeconds
-from autoshard.plan.stage_choice import StagedPlan
 from autoshard.plan.stage_costs import StageCosts
+from autoshard.plan.staged_plan import StagedPlan
 
 COPY = "copy"
 """The kind of conversions that move nothing between ranks: slices, padding, scaling."""

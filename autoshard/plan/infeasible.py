@@ -10,7 +10,7 @@ from autoshard.errors import InfeasibleError, OptionError
 from autoshard.options import Constraints
 from autoshard.plan.request import Request
 from autoshard.plan.space import Configuration
-from autoshard.plan.stage_choice import Infeasible
+from autoshard.plan.staged_plan import Infeasible
 from autoshard.report.units import nbytes
 
 MOST_DOUBLINGS = 6

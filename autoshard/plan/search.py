@@ -38,7 +38,8 @@ from autoshard.plan.request import Request
 from autoshard.plan.search_bounds import SearchBounds
 from autoshard.plan.sharding_front import PRICES, Sharding
 from autoshard.plan.space import Configuration, configurations
-from autoshard.plan.stage_choice import Beaten, Infeasible, StagedPlan, choose_stages
+from autoshard.plan.stage_choice import choose_stages
+from autoshard.plan.staged_plan import Beaten, Infeasible, StagedPlan
 from autoshard.plan.tensor_axis import refuse_missing_rules, replicated
 from autoshard.plan.write import write_plan
 from autoshard.schedules import SCHEDULES

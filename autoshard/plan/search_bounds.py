@@ -15,7 +15,7 @@ from autoshard.plan.rank_programs import RankPrograms
 from autoshard.plan.request import Request
 from autoshard.plan.sharding_front import Sharding
 from autoshard.plan.space import Configuration
-from autoshard.plan.stage_choice import Infeasible
+from autoshard.plan.staged_plan import Infeasible
 from autoshard.report.units import nbytes
 
 

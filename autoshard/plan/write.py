@@ -27,7 +27,7 @@ from autoshard.plan.plan import (
 )
 from autoshard.plan.request import Request
 from autoshard.plan.scheduled_stages import PipelineSeconds
-from autoshard.plan.stage_choice import StagedPlan, replica_rules
+from autoshard.plan.staged_plan import StagedPlan, replica_rules
 from autoshard.versioned import most_stale
 
 AS_THE_MODEL = "as the model"
