@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from autoshard.runtime.engine import Engine
     from autoshard.runtime.local_stages import LocalStage
     from autoshard.runtime.mesh import Mesh
-    from autoshard.runtime.replicas import Place, ReplicatedEngine
+    from autoshard.runtime.replica_wire import Place
+    from autoshard.runtime.replicas import ReplicatedEngine
     from autoshard.timeline import Timeline
 
 OptimizerChoice = str | Callable[[list[nn.Parameter]], Optimizer]
@@ -108,7 +109,7 @@ class Parallel:
         """Of this rank, where stages are replicated one by one."""
         from autoshard.runtime import launch
         from autoshard.runtime.asynchronous import Worker
-        from autoshard.runtime.replicas import Place
+        from autoshard.runtime.replica_wire import Place
 
         launch.start(self.plan.world_size)
         if self.plan.data_parallel in ASYNCHRONOUS:

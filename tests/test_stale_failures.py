@@ -16,7 +16,7 @@ from ranks import Pool
 from stale_runs import Setup
 
 from autoshard.runtime.asynchronous import Worker
-from autoshard.runtime.replicas import Place
+from autoshard.runtime.replica_wire import Place
 
 TIMEOUT_S = 1.5
 LOST = 1

@@ -16,7 +16,7 @@ from stale_runs import Setup, State
 from torch.optim.lr_scheduler import LambdaLR
 
 from autoshard.errors import OptionError
-from autoshard.runtime.replicas import Place
+from autoshard.runtime.replica_wire import Place
 
 STEPS = 5
 CASES: dict[str, tuple[dict[str, Any], Any]] = {

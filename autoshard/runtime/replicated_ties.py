@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from autoshard.runtime.parameters import declared
 
 if TYPE_CHECKING:
-    from autoshard.runtime.replicas import Place
+    from autoshard.runtime.replica_wire import Place
 
 
 class ReplicatedTies:
