@@ -40,7 +40,7 @@ def slower(factor: float) -> Any:
     """What measures every op as taking so many times what it is computed to take."""
 
     def made(seconds: float) -> Timing:
-        return Timing(median_s=seconds, best_s=seconds, spread=0.0, repeats=3)
+        return Timing(median_s=seconds, mean_s=seconds, best_s=seconds, spread=0.0, repeats=3)
 
     def measure(graphs: Sequence[Graph]) -> dict[str, OpTimes]:
         ops = (op for graph in graphs for op in graph.ops)

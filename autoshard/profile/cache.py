@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import platformdirs
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 def cache_folder() -> Path:

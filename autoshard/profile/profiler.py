@@ -101,12 +101,15 @@ def _holds(step: Step, keys: set[str]) -> bool:
 
 
 def _cost_of(op: Op, entry: Mapping[str, Any], engine_s: float) -> OpCost:
-    """Less what entering the autograd engine takes, which a step does once and not for every op."""
+    """Less what entering the autograd engine takes, which a step does once and not for every op.
+
+    The mean of all calls, since a step is the sum of them, those that were disturbed included.
+    """
     measured = msgspec.convert(entry, OpTimes)
-    backward_s = measured.backward.median_s if measured.backward else 0.0
+    backward_s = measured.backward.mean_s if measured.backward else 0.0
     work = work_of(op)
     return OpCost(
-        measured.forward.median_s,
+        measured.forward.mean_s,
         max(backward_s - engine_s, 0.1 * backward_s),
         work.forward.flops + sum(p.flops for p in work.forward.products),
         work.backward.flops + sum(p.flops for p in work.backward.products),

@@ -21,12 +21,14 @@ class Timing:
 
     Attributes:
         median_s: of all repeats.
+        mean_s: of all repeats: what many calls take together.
         best_s: the fastest repeat: what the machine can do when nothing else runs on it.
         spread: half the distance between the quartiles, as a share of the median.
         repeats: how many were timed.
     """
 
     median_s: float
+    mean_s: float
     best_s: float
     spread: float
     repeats: int
@@ -80,7 +82,7 @@ def summarise(samples: list[float]) -> Timing:
     else:
         low, _, high = statistics.quantiles(samples, n=4)
     return Timing(
-        median_s=median, best_s=min(samples),
+        median_s=median, mean_s=statistics.fmean(samples), best_s=min(samples),
         spread=(high - low) / 2 / median if median else 0.0, repeats=len(samples),
     )  # fmt: skip
 
