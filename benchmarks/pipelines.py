@@ -52,6 +52,7 @@ from autoshard.options import Constraints
 from autoshard.parallel import Parallel
 from autoshard.plan.plan import Plan
 from autoshard.plan.search import find_plan
+from autoshard.runtime import optimizer
 from autoshard.runtime.mesh import Mesh
 from autoshard.runtime.split_backward import backward_of_inputs
 from autoshard.schedule import Action, Schedule, gradient, needs
@@ -347,7 +348,7 @@ class ByHand:
         )  # fmt: skip
         self.scale = 1 / num_micro_batches
         parameters = [p for k in mine for p in modules[k].parameters()]
-        self.optimizer = torch.optim.AdamW(parameters)
+        self.optimizer = optimizer.factory("adamw")(parameters)
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(output.flatten(0, 1), target.flatten()) * self.scale
