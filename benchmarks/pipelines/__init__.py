@@ -1,0 +1,1 @@
+"""Every pipeline schedule on processes of this machine: predicted, measured, against torch."""
