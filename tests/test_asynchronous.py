@@ -114,11 +114,12 @@ def test_same_as_one_process_in_that_order(
         torch.testing.assert_close(results[0][1][name], tensor, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("bound", [None, 1])
 @pytest.mark.parametrize("model", ["gpt2", "t5", "llama", "unet", "resnet"])
-def test_models_in_that_order(model: str, ranks: Pool) -> None:
+def test_models_in_that_order(model: str, bound: int | None, ranks: Pool) -> None:
     """Batch norm sees each worker's own minibatch."""
-    given = runs.setup(model, **pins_of(None))
-    results = ranks.run(trained, given, runs.adam, rotating_rounds, None)
+    given = runs.setup(model, **pins_of(bound))
+    results = ranks.run(trained, given, runs.adam, rotating_rounds, bound)
     losses, state = in_order(given, rotating_rounds, runs.adam)
     for worker in range(WORKERS):
         assert results[worker][0] == pytest.approx(losses[worker], abs=1e-9)
