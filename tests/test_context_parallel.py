@@ -12,7 +12,7 @@ from ranks import Pool
 
 from autoshard.errors import OptionError
 from autoshard.options import Constraints, validate_world_size
-from autoshard.plan import search, space
+from autoshard.plan import rank_programs, space
 from autoshard.plan.context_axis import positions
 from autoshard.plan.plan import Plan
 
@@ -91,7 +91,7 @@ def test_where_positions_cannot_be_split_the_search_goes_on(
 
     program = program_of("llama", torch.float64)
     monkeypatch.setattr(space, "LONG", positions(program))
-    monkeypatch.setattr(search, "with_split_positions", refuses)
+    monkeypatch.setattr(rank_programs, "with_split_positions", refuses)
     assert plan_of(program, 4, {}).mesh.cp == 1
 
 

@@ -232,8 +232,11 @@ class Breakdowns:
     def _once(self, layer: ClassCosts, book: _Book) -> tuple[float, float]:
         """Seconds of reduction and optimizer after the last micro-batch, and of the latter."""
         self._watched.axis = "dp"
+        copied_s = self._prices.copied_s(layer)
         reduction_s, optimizer_s = self._prices.once_per_step(layer)
-        book.add(self._watched.taken(), 1, reduction_s - layer.reduced_s)
+        num_bytes = sum(kind.nbytes for kind in layer.parameters.values())
+        book.add([_Call(COPY, "dp", num_bytes, copied_s)] if copied_s else [], 1)
+        book.add(self._watched.taken(), 1, reduction_s - copied_s - layer.reduced_s)
         assignment = self._best.assignments.get(layer.name)
         sum_over_tp_s(layer.parameters, assignment, self._links, cast(CostModel, self._watched))
         book.add(self._watched.taken(), 1)

@@ -146,10 +146,9 @@ class StageCosts:
         if not layer.parameters:
             return 0.0, 0.0
         software = self._software
-        reduced_s = gathered_s = copied_s = 0.0
+        reduced_s = gathered_s = 0.0
         if self.mode == "ddp":
             reduced_s = self._collective("all_reduce", layer, software.reduced_bytes)
-            copied_s = self._copied_s(layer) if software.copies_gradients and reduced_s else 0.0
         else:
             if not self._scatters_each:
                 kind: Collective = "all_reduce" if software.reduces_whole else "reduce_scatter"
@@ -157,10 +156,15 @@ class StageCosts:
             if self.mode != "zero3":
                 gathered_s = self._collective("all_gather", layer, software.gathered_bytes)
         exposed_s = self._exposed(reduced_s, layer.backward_s, software.overlaps_reduction)
-        return exposed_s + copied_s + gathered_s + layer.reduced_s, self._optimizer_s(layer)
+        moved_s = exposed_s + self.copied_s(layer) + gathered_s + layer.reduced_s
+        return moved_s, self._optimizer_s(layer)
 
-    def _copied_s(self, layer: ClassCosts) -> float:
-        num_bytes = sum(kind.nbytes for kind in layer.parameters.values())
+    def copied_s(self, layer: ClassCosts) -> float:
+        """Seconds once per step to copy one segment's whole gradients into buckets."""
+        if self.mode != "ddp" or not self._software.copies_gradients:
+            return 0.0
+        groups = (types for types, ranks in self._groups(layer) if ranks.group_size > 1)
+        num_bytes = sum(kind.nbytes for types in groups for kind in types)
         return stream_s(2 * num_bytes, self.request.cluster.device, kernels=0)
 
     def _optimizer_s(self, layer: ClassCosts) -> float:
