@@ -30,6 +30,9 @@ from autoshard.runtime.host_memory import keep_freed_memory
 MOST_ROUNDS = 5
 """Plans that are tried; the last one may then contain ops whose costs are scaled figures."""
 
+MOST_AT_ONCE = 8
+"""Processes that compute while ops are measured, at most: each holds a rank's layers."""
+
 Progress = Callable[[str], None]
 
 
@@ -90,7 +93,7 @@ class _Sharing:
 
     Attributes:
         threads: of each rank.
-        at_once: ranks that have cores of their own while they compute.
+        at_once: ranks that have cores of their own while they compute, as far as that is tried.
         share: of a core's time that each rank has; below 1 if there are more ranks than that.
     """
 
@@ -106,7 +109,7 @@ def _sharing(device: str, world_size: int) -> _Sharing:
     threads = rank_threads(world_size)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     room = max(1, num_cores() // threads)
-    return _Sharing(threads, min(ranks, room), core_share(ranks * threads))
+    return _Sharing(threads, min(ranks, room, MOST_AT_ONCE), core_share(ranks * threads))
 
 
 class _Measured:
