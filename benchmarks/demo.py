@@ -118,7 +118,12 @@ def torchrun(module: str, *arguments: str, timeout_s: float) -> None:
         module,
         *arguments,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "99"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "KINETO_LOG_LEVEL": "99",
+        "AUTOSHARD_CACHE_DIR": str(FOLDER / "measurements"),
+    }
     subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=timeout_s)
 
 
@@ -137,6 +142,7 @@ def train_rank(cluster: str) -> None:
         example_inputs=text_batch(text(), 1, LENGTH, 0),
         global_batch_size=BATCH_SIZE,
         optimizer="adamw",
+        costs="measured",
     )
     losses, seconds = [], []
     for step in range(STEPS):

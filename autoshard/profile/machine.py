@@ -121,7 +121,7 @@ def write_cluster(path: str | os.PathLike[str], *, name: str | None = None) -> C
     return cluster
 
 
-def measure_jitter(clock: Clock, rounds: int = 400) -> float:
+def measure_jitter(clock: Clock, rounds: int = 200) -> float:
     """How unevenly ranks come to a collective that stands between ops: ``Device.jitter_s``.
 
     All ranks compute and reduce in turns. What a turn takes beyond computing by itself and reducing
@@ -132,17 +132,17 @@ def measure_jitter(clock: Clock, rounds: int = 400) -> float:
     side = 4096 if where.type == "cuda" else 512  # about a layer
     a, small = torch.ones(side, side, device=where), torch.ones(2**14, device=where)
 
-    def turns(compute: bool, reduce: bool) -> None:
-        for _ in range(rounds):
+    def turns(number: int, compute: bool, reduce: bool) -> None:
+        for _ in range(number):
             if compute:
                 a @ a
             if reduce:
                 dist.all_reduce(small)
 
     def seconds(compute: bool, reduce: bool) -> float:
-        turns(compute, reduce)
+        turns(3, compute, reduce)
         dist.barrier()
-        return elapsed_s(lambda: turns(compute, reduce), where) / rounds
+        return elapsed_s(lambda: turns(rounds, compute, reduce), where) / rounds
 
     waited_s = seconds(True, True) - clock(lambda: a @ a) - seconds(False, True)
     mean = torch.tensor([max(0.0, waited_s)], dtype=torch.float64, device=where)
