@@ -10,9 +10,11 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO
 
 import torch
 
@@ -29,22 +31,24 @@ def companions(number: int, steps: Sequence[Sequence[Graph]]) -> Iterator[None]:
     Raises:
         AutoshardError: one of them could not begin.
     """
-    started = [_start(steps) for _ in range(number)]
-    try:
-        for process in started:
-            _await(process)
-        yield
-    finally:
-        for process in started:
-            process.kill()
-        for process in started:
-            process.communicate()
+    started: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryFile() as words:  # a pipe that nobody reads would fill and stop them
+        try:
+            started += (_start(steps, words) for _ in range(number))
+            for process in started:
+                _await(process, words)
+            yield
+        finally:
+            for process in started:
+                process.kill()
+            for process in started:
+                process.communicate()
 
 
-def _start(steps: Sequence[Sequence[Graph]]) -> subprocess.Popen[bytes]:
+def _start(steps: Sequence[Sequence[Graph]], words: IO[bytes]) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-m", "autoshard.profile.companions"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, env=_environment(),
     )  # fmt: skip
     assert process.stdin is not None
     try:
@@ -61,15 +65,16 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths}
 
 
-def _await(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdout is not None and process.stderr is not None
+def _await(process: subprocess.Popen[bytes], words: IO[bytes]) -> None:
+    assert process.stdout is not None
     for line in process.stdout:
         if line == _READY:
             return
-    words = process.stderr.read().decode(errors="replace").strip().splitlines()
+    words.seek(0)
+    said = words.read().decode(errors="replace").strip().splitlines()
     raise AutoshardError(
         "expected to start a process that computes while ops are measured, but it ended"
-        f"{': ' + words[-1] if words else ''}; leave costs at None to plan by computed figures"
+        f"{': ' + said[-1] if said else ''}; leave costs at None to plan by computed figures"
     )
 
 
