@@ -62,14 +62,14 @@ class Software:
     fuses_accumulation: bool = False
     checkpoints_regions: bool = False
 
-    def update_bytes(self, element_bytes: int, states: int) -> int:
+    def update_bytes(self, element_bytes: float, states: int) -> float:
         """What an optimizer's update moves per element of a parameter.
 
         The copy in higher precision and the optimizer's states are read and written, and so is the
         parameter, which is only written where it is such a copy's shadow.
 
         Args:
-            element_bytes: of the parameter.
+            element_bytes: of the parameter; the mean, of several.
             states: tensors that the optimizer keeps per parameter.
         """
         moved = self.gradient_passes * (self.gradient_bytes or element_bytes)

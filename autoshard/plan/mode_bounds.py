@@ -161,11 +161,9 @@ class _Prices:
     def _optimizer_s(self) -> float:
         software, parameters = self.request.software, self.whole.of_layers
         states = optimizer_states(self.request.optimizer)
-        own = _bytes(parameters, None)
-        moved = software.gradient_passes * _bytes(parameters, software.gradient_bytes)
-        moved += 2 * _bytes(parameters, software.master_bytes)
-        moved += 2 * states * _bytes(parameters, software.state_bytes)
-        moved += own * (1 if software.master_bytes else 2)
+        elements = parameters.trainable_elements
+        own = parameters.trainable_bytes / max(1, elements)
+        moved = elements * software.update_bytes(own, states)
         ranks = 1 if self.mode == "ddp" else self.configuration.mesh.replicas
         return self._stream_s(moved / ranks)
 
