@@ -31,7 +31,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def interrupted(given: Setup, trouble: str) -> tuple[str, float]:
-    """What training ends with, and after how long, if a rank stops in its fourth forward."""
+    """What training ends with, and after how long, if a rank stops in its fourth forward.
+
+    Others may wait for it then (``killed``), or find it gone when they want to send (``gone``).
+    """
     made = runs.parallel(given)
     timeout = timedelta(seconds=TIMEOUT_S)
     workers = given.plan.data_parallel in ("asp", "ssp")
@@ -45,12 +48,16 @@ def interrupted(given: Setup, trouble: str) -> tuple[str, float]:
     def stop(*_: object) -> None:
         nonlocal calls
         calls += 1
-        if calls == 4 and trouble == "hangs":
+        if calls != 4:
+            return
+        if dist.get_rank() != LOST:
+            time.sleep(TIMEOUT_S / 3)
+        elif trouble == "hangs":
             time.sleep(2 * TIMEOUT_S)
-        elif calls == 4:
+        else:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if dist.get_rank() == LOST:
+    if dist.get_rank() == LOST or trouble == "gone":
         made.engine.module.register_forward_pre_hook(stop)
     start = time.monotonic()
     try:
@@ -63,11 +70,11 @@ def interrupted(given: Setup, trouble: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("case", "trouble"), [(case, trouble) for trouble in ("hangs", "killed") for case in CASES]
+    ("case", "trouble"), [(case, trouble) for trouble in ("hangs", "killed", "gone") for case in CASES]
 )
 def test_the_others_end_with_a_clear_error(case: str, trouble: str, ranks: Pool) -> None:
     given = runs.setup("chain", **CASES[case])
-    results = ranks.run(interrupted, given, trouble, killed=LOST if trouble == "killed" else None)
+    results = ranks.run(interrupted, given, trouble, killed=None if trouble == "hangs" else LOST)
     if trouble == "hangs":
         del results[LOST]
     expected = r"TransferError: stage \d on rank \d waited in vain for "

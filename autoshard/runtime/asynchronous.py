@@ -243,16 +243,18 @@ class AsynchronousEngine:
         for owner, share in enumerate(self._shares):
             if owner != worker.rank:
                 message = self._gradient(share)
-                sent.append((message, _isend(message, worker.requests, owner)))
                 buffer = torch.empty(message.numel() - 1, dtype=message.dtype, device=self.device)
-                answers.append((share, buffer, _irecv(buffer, worker.answers, owner)))
+                with self._server.waiting():
+                    sent.append((message, _isend(message, worker.requests, owner)))
+                    answers.append((share, buffer, _irecv(buffer, worker.answers, owner)))
         own = self._shares[worker.rank]
         weights = self._server.apply(worker.rank, self._gradient(own))
-        for _, work in sent:
-            self._server.wait(work)
-        for share, buffer, answer in answers:
-            self._server.wait(answer)
-            self._take(share, buffer)
+        with self._server.waiting():
+            for _, work in sent:
+                work.wait()
+            for share, buffer, answer in answers:
+                answer.wait()
+                self._take(share, buffer)
         self._take(own, weights)
         if self.scheduler is not None:
             with self._server.lock:
@@ -317,13 +319,14 @@ class _Server:
         if not self._threads:
             return
         engine, open_ = self._engine, []
-        for owner, share in enumerate(engine._shares):
-            if owner != self._worker.rank:
-                message = engine._gradient(share)
-                message[0] = _STOP
-                open_.append((message, _isend(message, self._worker.requests, owner)))
-        for _, work in open_:
-            self.wait(work)
+        with self.waiting():
+            for owner, share in enumerate(engine._shares):
+                if owner != self._worker.rank:
+                    message = engine._gradient(share)
+                    message[0] = _STOP
+                    open_.append((message, _isend(message, self._worker.requests, owner)))
+            for _, work in open_:
+                work.wait()
         for thread in self._threads:
             thread.join(self._worker.timeout.total_seconds())
         self._raise_failure()
@@ -336,15 +339,17 @@ class _Server:
             for index in self._share:
                 engine.slots[index].holder.copy_(engine.slots[index].local)
 
-    def wait(self, message: dist.Work) -> None:
-        """For a message to another server, or its answer.
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block in which the worker talks to other servers: a send fails at once if its receiver
+        is known to be gone, later if it goes.
 
         Raises:
-            LaunchError: it does not come, or this rank's server has failed.
+            LaunchError: one is gone or does not answer, or this rank's server has failed.
         """
         try:
             with _waiting():
-                message.wait()
+                yield
         except LaunchError:
             self._raise_failure()
             raise
