@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from datetime import timedelta
 from typing import Any
@@ -27,7 +29,10 @@ TIMEOUT_S = 2.0
 
 
 def step(plan_text: bytes, given: Program, trouble: str) -> tuple[str, float]:
-    """What a step ends with, and after how long, if rank 1 fails or hangs in micro-batch 3."""
+    """What a step ends with, and after how long, if rank 1 stops in micro-batch 3.
+
+    Others may wait for it then, or find it ``gone`` when they want to send.
+    """
     parallel, batches = made(plan_text, given)
     mesh = parallel.plan.mesh
     parallel.__dict__["mesh"] = Mesh.create(
@@ -39,12 +44,18 @@ def step(plan_text: bytes, given: Program, trouble: str) -> tuple[str, float]:
     def fail(*_: object) -> None:
         nonlocal calls
         calls += 1
-        if calls == 4 and trouble == "hangs":
+        if calls != 4:
+            return
+        if dist.get_rank() != 1:
+            time.sleep(TIMEOUT_S / 4)
+        elif trouble == "hangs":
             time.sleep(2 * TIMEOUT_S)
-        elif calls == 4:
+        elif trouble == "fails":
             raise ValueError("no more of this")
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    if dist.get_rank() == 1:
+    if dist.get_rank() == 1 or trouble == "gone":
         parallel.engine.stages[0].module.register_forward_pre_hook(fail)
     start = time.monotonic()
     try:
@@ -55,11 +66,20 @@ def step(plan_text: bytes, given: Program, trouble: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "trouble"), [("1f1b", "fails"), ("zb-v", "fails"), ("zb-v", "hangs")]
+    ("schedule", "trouble"),
+    [
+        ("1f1b", "fails"),
+        ("zb-v", "fails"),
+        ("zb-v", "hangs"),
+        ("1f1b", "killed"),
+        ("1f1b", "gone"),
+        ("zb-v", "gone"),
+    ],
 )
 def test_a_rank_that_stops_in_the_middle(schedule: str, trouble: str, ranks: Pool) -> None:
     plan = harness.encoded(plan_of(program(), 4, pins_of(schedule)))
-    results = ranks.run(step, plan, program(), trouble)
+    lost = 1 if trouble in ("killed", "gone") else None
+    results = ranks.run(step, plan, program(), trouble, killed=lost)
     for rank, (error, seconds) in enumerate(results):
         assert seconds < 4 * TIMEOUT_S, results
         if rank == 1 and trouble == "fails":
