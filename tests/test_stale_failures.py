@@ -70,7 +70,8 @@ def interrupted(given: Setup, trouble: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("case", "trouble"), [(case, trouble) for trouble in ("hangs", "killed", "gone") for case in CASES]
+    ("case", "trouble"),
+    [(case, trouble) for trouble in ("hangs", "killed", "gone") for case in CASES],
 )
 def test_the_others_end_with_a_clear_error(case: str, trouble: str, ranks: Pool) -> None:
     given = runs.setup("chain", **CASES[case])
