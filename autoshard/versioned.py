@@ -18,10 +18,9 @@ of the stage sum their gradients and step to that version. The rules of the sche
 
 A weight that is tied between stages belongs to the first of them, its owner, which makes its
 updates from the gradients of all: the others send theirs and take the new weights. So it has one
-version per micro-batch wherever it is used, the owner's, and that is as old as the owner's weights
-are. Under ``pipedream`` a stage that has fewer micro-batches in flight than the owner takes a
-weight so many updates later (:meth:`Rules.tie_lag`); there the stages of a tie need equal numbers
-of replicas, and none can be under vertical sync.
+version per micro-batch wherever it is used, the owner's. But where two micro-batches in flight on a
+rank use one version of its stage, the later one takes the tied weight of the earlier: that happens
+only in the first ones of a pipeline whose replicas are uneven.
 
 Here ``r`` is the number of replicas and ``w`` the micro-batches that one of them has in flight,
 ``ceil(ranks from this stage on / r)``. (Narayanan et al. 2019, "PipeDream", sections 3.2 and 3.3;
@@ -131,8 +130,6 @@ class Rules:
 
     def __post_init__(self) -> None:
         m = self.num_micro_batches
-        if self.schedule == "pipedream":
-            self._check_ties()
         if self.schedule not in SCHEDULES:
             raise OptionError(
                 f"expected a schedule that can have uneven replicas ({', '.join(SCHEDULES)}) but "
@@ -158,21 +155,16 @@ class Rules:
                     "smaller micro-batch, fewer stages or a larger global batch"
                 )
 
-    def _check_ties(self) -> None:
-        for owner, other in self.ties:
-            if self.vertical_sync or self.replicas[owner] != self.replicas[other]:
-                raise OptionError(
-                    f"expected weights that are tied between stages {owner} and {other} to have "
-                    f"equal numbers of replicas there and no vertical sync under 'pipedream' but "
-                    f"got replicas {self.replicas}, vertical_sync={self.vertical_sync}; choose "
-                    "such replicas, pipedream-2bw or a schedule with a flush"
-                )
+    def tie_home(self, owner: int, rank: int, micro_batch: int) -> int:
+        """The owner's rank that sums what another rank has of an update of a tied weight.
 
-    def tie_lag(self, owner: int, other: int) -> int:
-        """Updates by which a stage takes a tied weight later than its owner makes it."""
-        if self.schedule != "pipedream":
-            return 0
-        return self.in_flight(owner) - self.in_flight(other)
+        Args:
+            micro_batch: the last one that the other rank's gradient is of.
+        """
+        if self.schedule == "pipedream":
+            return self.home(owner, micro_batch)
+        index = rank - self.ranks_of(self.stage_of(rank))[0]
+        return self.ranks_of(owner)[index % self.replicas[owner]]
 
     @property
     def stale(self) -> bool:
@@ -387,13 +379,7 @@ class _DryRun:
             return stage == 0 or (stage - 1, "F", action.micro_batch) in self._done
         if action.what == "B":
             return stage == last or (stage + 1, "B", action.micro_batch) in self._done
-        rules = self._rules
-        owners = (
-            (owner, "S", action.version - rules.tie_lag(owner, stage))
-            for owner, other in rules.ties
-            if other == stage
-        )
-        return all(made[2] < 1 or made in self._done for made in owners) and all(
+        return all(
             self._ranks[r][self._next[r] : self._next[r] + 1] == (action,)
             for r in self._peers(rank)
         )
@@ -515,14 +501,8 @@ def simulate(rules: Rules, stages: Sequence[StageTimes], steps: int) -> Mapping[
         if action.what == "S":
             replicas = rules.ranks_of(stage)
             if rank == replicas[0]:
-                owned_s = (
-                    done.get((owner, "S", action.version - rules.tie_lag(owner, stage)), 0.0)
-                    for owner, other in rules.ties
-                    if other == stage
-                )
-                end_s = max((*owned_s, *(free[r] for r in replicas))) + own.update_s
+                end_s = max(free[r] for r in replicas) + own.update_s
                 free.update(dict.fromkeys(replicas, end_s))
-                done[stage, "S", action.version] = end_s
             continue
         key, before = (stage, action.what, action.micro_batch), 0.0
         if action.what == "F" and stage:

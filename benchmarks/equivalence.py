@@ -1,10 +1,10 @@
 """Train every model of the tests' zoo in every way, and compare with the plain model.
 
 ``python -m benchmarks.equivalence`` (``make equivalence``) writes docs/equivalence.md; with
-``--schedules`` it trains some of the models under every pipeline schedule instead, and writes
-docs/schedules.md. Nothing stops at a failure: what failed, or could not be done and why, stands in
-the table. The exit code is 1 if a run was further from the plain model than its tolerance, or
-failed for a reason that is no limit of the model.
+``--schedules`` it trains some of the models under every synchronous pipeline schedule instead, and
+writes docs/schedules.md. Nothing stops at a failure: what failed, or could not be done and why,
+stands in the table. The exit code is 1 if a run was further from the plain model than its
+tolerance, or failed for a reason that is no limit of the model.
 """
 
 from __future__ import annotations
@@ -228,8 +228,9 @@ def num_split(plan: Plan) -> int:
 _INTRODUCTION = """\
 # Equivalence
 
-`python -m benchmarks.equivalence` writes this page (with `--schedules` that of the pipeline
-schedules). Small versions of every architecture of the tests' zoo are
+`python -m benchmarks.equivalence` writes this page (with `--schedules` that of the synchronous
+pipeline schedules; for the others see [stale-schedules.md](stale-schedules.md)).
+Small versions of every architecture of the tests' zoo are
 trained for 3 AdamW steps on 4 processes (gloo, CPU), each of which holds other samples, and by the
 plain model on one process. A cell is the largest difference between the two over all steps, of
 
@@ -262,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.equivalence", description=__doc__)
     parser.add_argument("--models", nargs="+", metavar="MODEL")
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, metavar="NAME")
-    parser.add_argument("--schedules", action="store_true", help="every pipeline schedule")
+    parser.add_argument("--schedules", action="store_true", help="every synchronous schedule")
     parser.add_argument("--precisions", nargs="+", metavar="NAME", help="part of a label")
     parser.add_argument("--out", type=Path, help="the page to write")
     options = parser.parse_args(arguments)

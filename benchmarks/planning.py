@@ -309,9 +309,10 @@ def main() -> int:
     chosen = [c for c in CASES if not args.names or c.name in args.names]
     with tempfile.TemporaryDirectory() as folder:
         cases = growth(Path(folder)) if args.growth else chosen
-        results = [
-            min((run(case) for _ in range(args.repeat)), key=lambda r: r.wall_s) for case in cases
-        ]
+        results = []
+        for case in cases:
+            results.append(min((run(case) for _ in range(args.repeat)), key=lambda r: r.wall_s))
+            print(f"{case.name}: {results[-1].wall_s:.1f} s", file=sys.stderr, flush=True)
     console = Console()
     console = console if console.is_terminal else Console(width=180)
     console.print(table(results))

@@ -35,6 +35,7 @@ from autoshard.plan import files
 from autoshard.plan.plan import Plan
 from autoshard.plan.search import find_plan
 from autoshard.schedules import SCHEDULES
+from autoshard.versioned import STALE
 
 STEPS = 3
 
@@ -60,9 +61,9 @@ SCHEDULE_CONFIGURATIONS: dict[str, dict[str, Any]] = {
     if kind.least_virtual > 1
     else {"pp": 4, "schedule": name}
     for name, kind in SCHEDULES.items()
-    if name != "none"
+    if name not in ("none", *STALE)
 }
-"""Every pipeline schedule: four stages on as many ranks, or on two with two chunks each."""
+"""Every synchronous schedule: four stages on as many ranks, or on two with two chunks each."""
 
 FAST_LINKS = Cluster(
     name="links faster than compute",

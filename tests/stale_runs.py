@@ -199,6 +199,47 @@ def newest(m: int) -> Version:
     return lambda stage, i: i // m
 
 
+STRAIGHT = {"replicas": (1, 1, 1, 1)}
+CASES: dict[str, tuple[dict[str, Any], Any]] = {
+    "pipedream": ({"schedule": "pipedream", "micro_batch_size": 8, **STRAIGHT}, stashing),
+    "pipedream, 2-2": (
+        {"schedule": "pipedream", "replicas": (2, 2), "micro_batch_size": 4},
+        stashing,
+    ),
+    "pipedream, 2-1-1": (
+        {"schedule": "pipedream", "replicas": (2, 1, 1), "micro_batch_size": 4},
+        stashing,
+    ),
+    "pipedream, 1-1-2": (
+        {"schedule": "pipedream", "replicas": (1, 1, 2), "micro_batch_size": 2},
+        stashing,
+    ),
+    "vertical sync": (
+        {"schedule": "pipedream", "micro_batch_size": 8, "vertical_sync": True, **STRAIGHT},
+        vertical,
+    ),
+    "vertical sync, 1-1-2": (
+        {
+            "schedule": "pipedream",
+            "micro_batch_size": 2,
+            "replicas": (1, 1, 2),
+            "vertical_sync": True,
+        },
+        vertical,
+    ),
+    "2bw": (
+        {"schedule": "pipedream-2bw", "micro_batch_size": 2, **STRAIGHT},
+        double_buffered,
+    ),
+    "2bw, 1-2-1": (
+        {"schedule": "pipedream-2bw", "micro_batch_size": 2, "replicas": (1, 2, 1)},
+        double_buffered,
+    ),
+    "2-1-1, flushed": ({"replicas": (2, 1, 1), "micro_batch_size": 2}, newest),
+}
+"""Schedules for models of the zoo: pins, and the rule that their versions follow."""
+
+
 class Reference:
     """Every version of every stage's weights.
 
@@ -265,6 +306,14 @@ class Reference:
         """Weights and, as the last forward has left them, buffers."""
         weights = {n: p.detach().clone() for m in self.masters for n, p in m.items()}
         return {**{n: b.detach().clone() for n, b in self.model.named_buffers()}, **weights}
+
+
+def reference(given: Setup, rule: Any, optimizer: Any) -> Reference:
+    """One process with every version of the weights that a plan may use."""
+    plan = given.plan
+    m, each = plan.num_micro_batches, plan.schedule == "pipedream"
+    version = rule(plan.replicas) if each else rule(m)
+    return Reference(given, version, plan.replicas if each else [m] * len(plan.stages), optimizer)
 
 
 def micro_batches_of(batch: Batch, count: int) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import asynchronous_runs as workers
 import pytest
 import stale_runs as runs
 import torch
@@ -16,100 +17,32 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autoshard.errors import LaunchError
-from autoshard.runtime.asynchronous import AsynchronousEngine, Order, Worker
+from autoshard.runtime.asynchronous import Order, Worker
 from autoshard.versioned import most_stale
-
-WORKERS = 4
-STEPS = 4
-
-
-def round_robin(worker: int, clock: int) -> int:
-    return clock * WORKERS + worker
-
-
-def reversed_rounds(worker: int, clock: int) -> int:
-    return clock * WORKERS + WORKERS - 1 - worker
-
-
-def one_far_ahead(worker: int, clock: int) -> int:
-    """Worker 0 makes all of its updates before the others make any."""
-    return clock if worker == 0 else STEPS + clock * (WORKERS - 1) + worker - 1
-
-
-def rotating_rounds(worker: int, clock: int) -> int:
-    """Workers in turn; each begins its next step while the servers still update for the others."""
-    return clock * WORKERS + (worker + clock) % WORKERS
-
-
-def pins_of(bound: int | None) -> dict[str, Any]:
-    if bound is None:
-        return {"data_parallel": "asp"}
-    return {"data_parallel": "ssp", "staleness": bound}
-
-
-def engine(given: Setup, optimizer: Any, order: Order | None, bound: int | None) -> Any:
-    made = runs.parallel(given, optimizer)
-    made._place = Worker.create(bound, timeout=timedelta(seconds=30))
-    first = made.engine
-    assert isinstance(first, AsynchronousEngine)
-    made.__dict__["engine"] = AsynchronousEngine(
-        first.module, worker=made._place, config=first.config, optimizer=optimizer, order=order
-    )
-    return made
-
-
-def trained(
-    given: Setup, optimizer: Any, order: Order | None, bound: int | None
-) -> tuple[list[float], State, list[tuple[int, int]]]:
-    made = engine(given, optimizer, order, bound)
-    losses = [made.step(made.local_batch(b)) for b in runs.batches(given.model, STEPS)]
-    state = made.full_state_dict()
-    return losses, state, made.engine.order_of_updates
-
-
-def in_order(given: Setup, order: Order, optimizer: Any) -> tuple[dict[int, list[float]], State]:
-    """A worker's gradient is of the weights that its own update before has left."""
-    loss_of = runs.Loss(given.model)
-    model = loss_of.model
-    stepped = optimizer(list(model.parameters()))
-    start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    weights = {worker: start for worker in range(WORKERS)}
-    batches = runs.batches(given.model, STEPS)
-    losses: dict[int, list[float]] = {w: [] for w in range(WORKERS)}
-    pairs = [(w, c) for w in range(WORKERS) for c in range(STEPS)]
-    for worker, clock in sorted(pairs, key=lambda pair: order(*pair)):
-        leaves = {n: t.clone().requires_grad_() for n, t in weights[worker].items()}
-        part = list(runs.micro_batches_of(batches[clock], WORKERS))[worker]
-        loss = loss_of.of(leaves, part)
-        losses[worker].append(loss.item())
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        stepped.step()
-        weights[worker] = {n: p.detach().clone() for n, p in model.named_parameters()}
-    return losses, {n: p.detach() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
     ("order", "bound", "optimizer"),
     [
-        (round_robin, None, runs.momentum),
-        (reversed_rounds, None, runs.adam),
-        (one_far_ahead, None, runs.momentum),
-        (one_far_ahead, STEPS, runs.momentum),
-        (round_robin, 1, runs.adam),
+        (workers.round_robin, None, runs.momentum),
+        (workers.reversed_rounds, None, runs.adam),
+        (workers.one_far_ahead, None, runs.momentum),
+        (workers.one_far_ahead, workers.STEPS, runs.momentum),
+        (workers.round_robin, 1, runs.adam),
     ],
 )
 def test_same_as_one_process_in_that_order(
     order: Order, bound: int | None, optimizer: Any, ranks: Pool
 ) -> None:
-    pins = pins_of(bound)
+    pins = workers.pins_of(bound)
     given = runs.setup("chain", **pins)
-    results = ranks.run(trained, given, optimizer, order, bound)
-    losses, state = in_order(given, order, optimizer)
-    for worker in range(WORKERS):
+    results = ranks.run(workers.trained, given, optimizer, order, bound)
+    losses, state = workers.in_order(given, order, optimizer)
+    for worker in range(workers.WORKERS):
         assert results[worker][0] == pytest.approx(losses[worker], abs=1e-12)
-        assert [order(*made) for made in results[worker][2]] == list(range(WORKERS * STEPS))
+        assert [order(*made) for made in results[worker][2]] == list(
+            range(workers.WORKERS * workers.STEPS)
+        )
     for name, tensor in state.items():
         torch.testing.assert_close(results[0][1][name], tensor, rtol=0, atol=1e-12)
 
@@ -118,10 +51,10 @@ def test_same_as_one_process_in_that_order(
 @pytest.mark.parametrize("model", ["gpt2", "t5", "llama", "unet", "resnet"])
 def test_models_in_that_order(model: str, bound: int | None, ranks: Pool) -> None:
     """Batch norm sees each worker's own minibatch."""
-    given = runs.setup(model, **pins_of(bound))
-    results = ranks.run(trained, given, runs.adam, rotating_rounds, bound)
-    losses, state = in_order(given, rotating_rounds, runs.adam)
-    for worker in range(WORKERS):
+    given = runs.setup(model, **workers.pins_of(bound))
+    results = ranks.run(workers.trained, given, runs.adam, workers.rotating_rounds, bound)
+    losses, state = workers.in_order(given, workers.rotating_rounds, runs.adam)
+    for worker in range(workers.WORKERS):
         assert results[worker][0] == pytest.approx(losses[worker], abs=1e-9)
     for name, tensor in state.items():
         torch.testing.assert_close(results[0][1][name], tensor, rtol=0, atol=1e-9)
@@ -140,10 +73,10 @@ def slow_momentum(parameters: list[nn.Parameter]) -> Optimizer:
 
 
 def test_a_worker_that_begins_a_step_leaves_the_updates_in_work_alone(ranks: Pool) -> None:
-    given = runs.setup("chain", **pins_of(None))
-    results = ranks.run(trained, given, slow_momentum, rotating_rounds, None)
-    losses, state = in_order(given, rotating_rounds, runs.momentum)
-    for worker in range(WORKERS):
+    given = runs.setup("chain", **workers.pins_of(None))
+    results = ranks.run(workers.trained, given, slow_momentum, workers.rotating_rounds, None)
+    losses, state = workers.in_order(given, workers.rotating_rounds, runs.momentum)
+    for worker in range(workers.WORKERS):
         assert results[worker][0] == pytest.approx(losses[worker], abs=1e-12)
     for name, tensor in state.items():
         torch.testing.assert_close(results[0][1][name], tensor, rtol=0, atol=1e-12)
@@ -151,8 +84,8 @@ def test_a_worker_that_begins_a_step_leaves_the_updates_in_work_alone(ranks: Poo
 
 def slow_worker(given: Setup, bound: int | None) -> list[tuple[int, int]]:
     """Worker 3 takes its time; what server 0 has seen."""
-    made = engine(given, runs.momentum, None, bound)
-    for batch in runs.batches("chain", STEPS):
+    made = workers.engine(given, runs.momentum, None, bound)
+    for batch in runs.batches("chain", workers.STEPS):
         if made._place.rank == 3:
             time.sleep(0.3)
         made.step(made.local_batch(batch))
@@ -163,10 +96,10 @@ def slow_worker(given: Setup, bound: int | None) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("bound", [None, 0, 1])
 def test_the_bound_holds(bound: int | None, ranks: Pool) -> None:
-    pins = pins_of(bound)
+    pins = workers.pins_of(bound)
     for made in ranks.run(slow_worker, runs.setup("chain", **pins), bound):
-        clocks, furthest, late = [0] * WORKERS, 0, 0
-        fetched, waiting = [0] * WORKERS, set[int]()
+        clocks, furthest, late = [0] * workers.WORKERS, 0, 0
+        fetched, waiting = [0] * workers.WORKERS, set[int]()
         for done, (worker, clock) in enumerate(made):
             late = max(late, done - fetched[worker])
             clocks[worker] = clock + 1
@@ -179,7 +112,7 @@ def test_the_bound_holds(bound: int | None, ranks: Pool) -> None:
             assert furthest > 1, made  # nobody waits for the slow one
         else:
             assert furthest <= bound + 1, made
-            assert late <= most_stale(WORKERS, bound), made
+            assert late <= most_stale(workers.WORKERS, bound), made
 
 
 def lost_worker(given: Setup) -> tuple[str, float]:
@@ -208,8 +141,8 @@ def test_a_worker_that_hangs_ends_the_others(ranks: Pool) -> None:
 
 
 def saved(given: Setup, folder: Path) -> tuple[float, float, State, State]:
-    made = engine(given, runs.adam, round_robin, None)
-    batches = runs.batches("chain", STEPS)
+    made = workers.engine(given, runs.adam, workers.round_robin, None)
+    batches = runs.batches("chain", workers.STEPS)
     for batch in batches[:2]:
         made.step(made.local_batch(batch))
     made.save(folder)
@@ -228,7 +161,7 @@ def test_saves_weights_and_state_of_all_servers(tmp_path: Path, ranks: Pool) -> 
     one, other, state, again = ranks.run(saved, given, tmp_path)[0]
     model: nn.Module = runs.build("chain")
     model.load_state_dict(state)
-    parts = runs.micro_batches_of(runs.batches("chain", 3)[2], WORKERS)
+    parts = runs.micro_batches_of(runs.batches("chain", 3)[2], workers.WORKERS)
     expected = [model(**part).item() for part in parts]
     assert one == other == pytest.approx(sum(expected) / 4, abs=1e-12)
     for name, tensor in state.items():

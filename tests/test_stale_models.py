@@ -7,37 +7,21 @@ Weights that are tied between stages (GPT-2, T5), values that skip stages (T5, U
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import stale_runs as runs
 import torch
 from ranks import Pool
-from test_stale_training import reference
 
-from autoshard.errors import AutoshardError, OptionError
+from autoshard.errors import OptionError
 
 STEPS = 3
-STRAIGHT = {"replicas": (1, 1, 1, 1)}
-CASES: dict[str, tuple[dict[str, Any], Any]] = {
-    "pipedream": ({"schedule": "pipedream", "micro_batch_size": 8, **STRAIGHT}, runs.stashing),
-    "pipedream, 2-2": (
-        {"schedule": "pipedream", "replicas": (2, 2), "micro_batch_size": 4},
-        runs.stashing,
-    ),
-    "2bw": (
-        {"schedule": "pipedream-2bw", "micro_batch_size": 2, **STRAIGHT},
-        runs.double_buffered,
-    ),
-    "2bw, 1-2-1": (
-        {"schedule": "pipedream-2bw", "micro_batch_size": 2, "replicas": (1, 2, 1)},
-        runs.double_buffered,
-    ),
-    "2-1-1, flushed": ({"replicas": (2, 1, 1), "micro_batch_size": 2}, runs.newest),
-}
 PAIRS = [
-    *(("gpt2", case) for case in CASES if case != "2bw"),
-    *(("t5", case) for case in ("pipedream", "2bw", "2-1-1, flushed")),
+    *(("gpt2", case) for case in runs.CASES if case != "2bw"),
+    *(
+        ("t5", case)
+        for case in ("pipedream", "pipedream, 2-1-1", "vertical sync", "2bw", "2-1-1, flushed")
+    ),
     *(("llama", case) for case in ("pipedream", "2bw, 1-2-1")),
     *(("unet", case) for case in ("pipedream", "pipedream, 2-2")),
     ("resnet", "pipedream"),
@@ -46,10 +30,10 @@ PAIRS = [
 
 @pytest.mark.parametrize(("model", "case"), PAIRS)
 def test_same_as_one_process_with_all_versions(model: str, case: str, ranks: Pool) -> None:
-    pins, rule = CASES[case]
+    pins, rule = runs.CASES[case]
     given = runs.setup(model, **pins)
     results = ranks.run(runs.trained, given, STEPS, runs.adam)
-    expected = reference(given, rule, runs.adam)
+    expected = runs.reference(given, rule, runs.adam)
     batches = runs.batches(model, STEPS)
     losses = [expected.step(batch, given.plan.num_micro_batches) for batch in batches]
     found, left, state = results[0]
@@ -74,7 +58,7 @@ def evaluated(given: runs.Setup) -> tuple[float, runs.State]:
 
 
 def test_replicas_evaluate_with_the_statistics_of_the_first(ranks: Pool) -> None:
-    given = runs.setup("unet", **CASES["pipedream, 2-2"][0])
+    given = runs.setup("unet", **runs.CASES["pipedream, 2-2"][0])
     results = ranks.run(evaluated, given)
     assert len({loss for loss, _ in results}) == 1
     for one, other in (results[:2], results[2:]):
@@ -84,12 +68,3 @@ def test_replicas_evaluate_with_the_statistics_of_the_first(ranks: Pool) -> None
 def test_batches_that_interact_are_not_cut() -> None:
     with pytest.raises(OptionError, match="samples interact in forward"):
         runs.setup("resnet", schedule="pipedream-2bw", micro_batch_size=2, replicas=(1, 1, 1, 1))
-
-
-def test_ties_that_pipedream_cannot_part() -> None:
-    """With unequal replicas or vertical sync they stay in one stage, or there is no plan."""
-    pins = {"schedule": "pipedream", "micro_batch_size": 4}
-    with pytest.raises(AutoshardError, match="tied between stages 0 and 2"):
-        runs.setup("gpt2", replicas=(2, 1, 1), **pins)
-    with pytest.raises(AutoshardError, match="no vertical sync"):
-        runs.setup("gpt2", replicas=(1, 1, 1, 1), vertical_sync=True, **pins)

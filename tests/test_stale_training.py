@@ -52,15 +52,6 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-def reference(given: Setup, rule: Any, optimizer: Any) -> runs.Reference:
-    plan = given.plan
-    m, each = plan.num_micro_batches, plan.schedule == "pipedream"
-    version = rule(plan.replicas) if each else rule(m)
-    return runs.Reference(
-        given, version, plan.replicas if each else [m] * len(plan.stages), optimizer
-    )
-
-
 def assert_close(found: State, expected: State, error: float = 1e-12) -> None:
     assert set(found) == set(expected)
     for name, tensor in found.items():
@@ -75,7 +66,7 @@ def test_same_as_one_process_with_all_versions(case: str, optimizer: Any, ranks:
     pins, rule = CASES[case]
     given = runs.setup("chain", **pins)
     results = ranks.run(runs.trained, given, STEPS, optimizer)
-    expected = reference(given, rule, optimizer)
+    expected = runs.reference(given, rule, optimizer)
     losses = [expected.step(b, given.plan.num_micro_batches) for b in runs.batches("chain", STEPS)]
     found, left, state = results[0]
     assert_close(state, expected.state, 1e-11)
@@ -92,7 +83,7 @@ def test_stale_weights_are_not_fresh_ones(ranks: Pool) -> None:
     given = runs.setup("chain", schedule="pipedream")
     states = []
     for rule in (runs.stashing, runs.vertical, lambda replicas: runs.newest(1)):
-        expected = reference(given, rule, runs.momentum)
+        expected = runs.reference(given, rule, runs.momentum)
         for batch in runs.batches("chain", STEPS):
             expected.step(batch, 1)
         states.append(expected.state)
@@ -137,7 +128,7 @@ def test_vgg_split_3_1_is_exact_with_a_flush(ranks: Pool) -> None:
 def test_vgg_split_3_1_without_a_flush(ranks: Pool) -> None:
     given = runs.setup("vgg", schedule="pipedream", replicas=(3, 1))
     found, left, state = ranks.run(runs.trained, given, 3, runs.momentum)[0]
-    expected = reference(given, runs.stashing, runs.momentum)
+    expected = runs.reference(given, runs.stashing, runs.momentum)
     losses = [expected.step(b, 3) for b in runs.batches("vgg", 3)]
     assert_close(state, expected.state, 1e-11)
     assert [*found[1:], *left] == pytest.approx(losses, abs=1e-12)
@@ -176,7 +167,7 @@ def test_a_pipeline_runs_empty_to_save(pins: dict[str, Any], tmp_path: Path, ran
     given = runs.setup("chain", **pins)
     losses, after, again = ranks.run(interrupted, given, tmp_path, given)[0]
     rule = runs.stashing if pins["schedule"] == "pipedream" else runs.double_buffered
-    expected = reference(given, rule, runs.momentum)
+    expected = runs.reference(given, rule, runs.momentum)
     m, wanted = given.plan.num_micro_batches, []
     for index, batch in enumerate(runs.batches("chain", 4)):
         if index == 2:

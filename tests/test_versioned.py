@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,41 +132,35 @@ def test_steady_state() -> None:
 
 
 TIED = [
-    (rules("pipedream", (1, 1, 1, 1), 1, ties=((0, 3),)), (3, 2, 1, 3), 3),
-    (rules("pipedream", (2, 1, 2), 2, ties=((0, 2),)), (2, 2, 2), 2),
-    (rules("pipedream-2bw", (1, 1, 1, 1), 4, ties=((0, 3),)), (1, 1, 1, 1), 0),
-    (rules("pipedream-2bw", (3, 1), 6, ties=((0, 1),)), (1, 1), 0),
-    (rules("1f1b", (2, 1, 1), 4, ties=((0, 1), (0, 2))), (0, 0, 0), 0),
+    (rules("pipedream", (1, 1, 1, 1), 1, ties=((0, 3),)), (3, 2, 1, 3)),
+    (rules("pipedream", (1, 1, 1), 1, ties=((0, 2),), vertical_sync=True), (2, 2, 2)),
+    (rules("pipedream", (2, 1, 2), 2, ties=((0, 2),)), (2, 2, 2)),
+    (rules("pipedream", (3, 1), 3, ties=((0, 1),)), (1, 1)),
+    (rules("pipedream-2bw", (1, 1, 1, 1), 4, ties=((0, 3),)), (1, 1, 1, 1)),
+    (rules("pipedream-2bw", (3, 1), 6, ties=((0, 1),)), (1, 1)),
+    (rules("1f1b", (2, 1, 1), 4, ties=((0, 1), (0, 2))), (0, 0, 0)),
 ]
 
 
-@pytest.mark.parametrize(("given", "staleness", "lag"), TIED, ids=str)
-def test_tied_weights_are_as_old_as_their_owner(
-    given: Rules, staleness: tuple[int, ...], lag: int
-) -> None:
-    """The owner's version is used in all stages: one that has fewer micro-batches in flight takes
-    weights so many updates later, and does not wait for them to be made."""
+@pytest.mark.parametrize(("given", "staleness"), TIED, ids=str)
+def test_tied_weights_are_as_old_as_their_owner(given: Rules, staleness: tuple[int, ...]) -> None:
+    """And the owner has made what another stage needs before that begins the micro-batch."""
     assert given.staleness == staleness
-    owner, other = given.ties[-1]
-    assert given.tie_lag(owner, other) == lag
-    dry_run(given.unrolled(5), given)
-    if given.schedule == "pipedream":
-        for i in range(20):
-            used = given.version(other, i)
-            assert max(0, used - lag) == given.version(owner, i)
+    made: set[tuple[int, int]] = set()
+    for _, action in dry_run(given.unrolled(5), given).order:
+        if action.what == "S":
+            made.add((action.stage, action.version))
+        for owner in (o for o, other in given.ties if other == action.stage):
+            needed = given.version(owner, max(0, action.micro_batch))
+            assert action.what != "F" or not needed or (owner, needed) in made
 
 
-def test_tied_weights_wait_for_their_owner() -> None:
-    """2BW's last stage waits for the first one's backward of a step; PipeDream's goes on."""
-    times = [StageTimes(forward_s=1, backward_s=2)] * 4
-    waits = rules("pipedream-2bw", (1, 1, 1, 1), 4, ties=((0, 3),))
-    assert step_seconds(waits, times) > step_seconds(replace(waits, ties=()), times)
-    goes_on = rules("pipedream", (1, 1, 1, 1), 1, ties=((0, 3),))
-    assert step_seconds(goes_on, times) == pytest.approx(3)
-    with pytest.raises(OptionError, match="equal numbers of replicas"):
-        rules("pipedream", (2, 1), 2, ties=((0, 1),))
-    with pytest.raises(OptionError, match="no vertical sync"):
-        rules("pipedream", (1, 1), 2, ties=((0, 1),), vertical_sync=True)
+def test_gradients_of_tied_weights_go_to_one_owner_each() -> None:
+    """Under PipeDream to the one that updates by the same micro-batch, else to all in turn."""
+    piped = rules("pipedream", (3, 1), 3, ties=((0, 1),))
+    assert [piped.tie_home(0, 3, i) for i in range(6)] == [0, 1, 2, 0, 1, 2]
+    flushed = rules("1f1b", (2, 3), 6, ties=((0, 1),))
+    assert [flushed.tie_home(0, rank, 5) for rank in (2, 3, 4)] == [0, 1, 0]
 
 
 def test_messages_of_many_replicas_to_one_take_turns() -> None:

@@ -132,8 +132,7 @@ class ReplicaProblem:
         """The split of least bottleneck, under the least recomputation that fits."""
         found = ReplicatedSplit()
         for entry in range(len(self.segments)):
-            deals = self._deals()
-            splits = [self._split(entry, deal) for deal in deals]
+            splits = [split for deal in self._deals() for split in self._splits(entry, deal)]
             best = min(
                 splits, key=lambda s: (s.missing_bytes > 0, s.step_s), default=ReplicatedSplit()
             )
@@ -157,14 +156,14 @@ class ReplicaProblem:
         )
         yield from itertools.islice(deals, MOST_COMPOSITIONS)
 
-    def _split(self, entry: int, replicas: tuple[int, ...] | None) -> ReplicatedSplit:
-        found = self._split_at(_Chain(self, entry, replicas, part_ties=True).path(), entry)
-        if found.stages or not any(s.parts_ties for s in self.segments[entry]):
-            return found
-        whole = self._split_at(_Chain(self, entry, replicas, part_ties=False).path(), entry)
-        return whole if whole.stages else found
+    def _splits(self, entry: int, replicas: tuple[int, ...] | None) -> Iterator[ReplicatedSplit]:
+        """The best chain, and if weights are tied the best that does not part them: moving them
+        may cost more than uneven stages."""
+        yield self._split(_Chain(self, entry, replicas, part_ties=True).path(), entry)
+        if any(s.parts_ties for s in self.segments[entry]):
+            yield self._split(_Chain(self, entry, replicas, part_ties=False).path(), entry)
 
-    def _split_at(
+    def _split(
         self, chosen: tuple[list[tuple[int, int, int]], float], entry: int
     ) -> ReplicatedSplit:
         """The stages of a path through the program."""
@@ -178,7 +177,7 @@ class ReplicaProblem:
         ]
         try:
             rules = self._rules(counts, tied_pairs(tied))
-        except OptionError as error:  # ties, or too few micro-batches for two versions
+        except OptionError as error:  # too few micro-batches for two versions
             return ReplicatedSplit(reason=str(error))
         in_flight, versions = holds(rules)
         stages = tuple(

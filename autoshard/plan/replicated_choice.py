@@ -139,12 +139,13 @@ class ReplicatedChoice:
         again = {
             n: t for n, t in tied.items() if self.parts.tied[n][0] != index and not self._whole
         }
+        # Of weights that another stage owns: the weight, its gradient, and the newest received.
         copies = float(sum(t.nbytes for t in again.values()))
         return Segment(
             forward_s=own.forward_s, backward_s=own.backward_s, saved_bytes=own.saved_bytes,
             workspace_bytes=float(layer.workspace_bytes),
             weight_bytes=float(sum(t.nbytes for t in kinds)) + copies,
-            state_bytes=float(prices.state(kinds).total + layer.buffer_bytes) + 2 * copies,
+            state_bytes=float(prices.state(kinds).total + layer.buffer_bytes) + 3 * copies,
             send_s=self._hop_s(self.parts.cuts[index]),
             tied={name: self._hop_s(kind.nbytes) for name, kind in tied.items()},
             parts_ties=any(min(users) <= index < max(users) for users in self.parts.tied.values()),

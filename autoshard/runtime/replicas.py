@@ -86,7 +86,7 @@ class ReplicatedEngine:
         self._arguments: dict[int, Mapping[str, Any]] = {}
         self._flying: dict[int, _Flight] = {}
         self._fed = 0  # steps since the pipeline was empty
-        self._last_used = 0  # version of the last backward
+        self._last = Action(place.stage, "B", 0, 0)
         self._next_forward = place.rank - rules.ranks_of(place.stage)[0]
 
     # -- what a user calls ------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class ReplicatedEngine:
         """The pipeline is: versions and micro-batches count from 0 again."""
         self._wire.finish()
         self._losses.finish()
-        self._ties.finish(self.module, self._versions.newest)
+        self._ties.finish(self.module, self._fed)
         self._versions.restart()
         if self.place.rules.stale and self.place.replicas is not None:
             self._share_buffers(self.place.replicas)
@@ -227,6 +227,8 @@ class ReplicatedEngine:
     def _forward(self, action: Action) -> None:
         inputs = self._wire.activations(action)
         module = self._versions.module(action.version)
+        if all(flight.version != action.version for flight in self._flying.values()):
+            self._ties.take(module, action.micro_batch)
         result = module(*inputs, **self._arguments.pop(action.micro_batch))
         outputs: tuple[Tensor, ...] = (result,) if isinstance(result, Tensor) else tuple(result)
         self._flying[action.micro_batch] = _Flight(action.version, inputs, outputs)
@@ -240,7 +242,7 @@ class ReplicatedEngine:
         """The backward of a micro-batch; ``updates``: an update follows, so gradients are reduced
         as they arrive."""
         flight = self._flying.pop(action.micro_batch)
-        self._last_used = action.version
+        self._last = action
         reduction = self._reduction(self._versions.module(action.version))
         if reduction is not None:
             reduction.before_backward(last=updates)
@@ -259,9 +261,10 @@ class ReplicatedEngine:
         if self.place.replicas is None:
             return None
         if module not in self._reductions:
-            trainable = [p for p in module.parameters() if p.requires_grad]
+            own = [p for p in module.parameters() if p.requires_grad]
+            apart = self._ties.parameters(module)
             self._reductions[module] = Replicated(
-                trainable, self.place.replicas, self.config.bucket_bytes
+                [p for p in own if p not in apart], self.place.replicas, self.config.bucket_bytes
             )
         return self._reductions[module]
 
@@ -269,8 +272,8 @@ class ReplicatedEngine:
         """Step the newest weights by the gradients of the last backward, which lie with the version
         that it used: the micro-batches of one update and rank have all met the same one."""
         rules, stage = self.place.rules, action.stage
-        source = self._versions.module(self._last_used)
-        self._ties.sum_gradients(source)
+        source = self._versions.module(self._last.version)
+        self._ties.sum_gradients(source, self._last.micro_batch)
         gradients = [slot.holder.grad for slot in _slots_of(self.slots, source)]
         self._weigh(gradients)
         flying = [flight.version for flight in self._flying.values()]
@@ -283,7 +286,6 @@ class ReplicatedEngine:
             slot.local.grad = gradient
         self.optimizer.step()
         self._ties.give(module)
-        self._ties.take(module, action.version)
         for slot in self.slots:
             slot.local.grad = None
         if rules.stale:
