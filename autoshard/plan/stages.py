@@ -17,14 +17,16 @@ Constraints
 [Note: bottleneck paths] Stated as one integer program this has weak bounds: 126 layers on 16
 stages were still 4 % apart after 10 s in HiGHS and in CP-SAT. It falls apart, however, into a
 knapsack per content of a stage (:mod:`autoshard.plan.stage_mixes`) and a shortest path through
-the positions where stages begin (:class:`_Paths`). Its two maxima are bounds on single arcs, so
-they are found by solving the path under ever lower bounds, until what could still be gained is
-less than what was found. The result is the optimum, and its cost hardly depends on depth.
+the positions where stages begin (:mod:`autoshard.plan.stage_paths`). Its two maxima are bounds on
+single arcs, so they are found by solving the path under ever lower bounds, until what could still
+be gained is less than what was found. The result is the optimum, and its cost hardly depends on
+depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -33,6 +35,7 @@ import numpy as np
 from autoshard.errors import OptionError
 from autoshard.plan.solver import INFINITY, Floats, Status
 from autoshard.plan.stage_mixes import Content, Mixes
+from autoshard.plan.stage_paths import Paths
 from autoshard.plan.stage_problem import Choice, Run, Slot, StageProblem, Tie
 
 __all__ = [
@@ -103,6 +106,7 @@ def split_stages(
         OptionError: for a schedule that is unknown, or numbers of stages or micro-batches below 1.
     """
     _validate(problem)
+    limit_s = min(limit_s, _even_s(problem) * (1 + 1e-9))
     few = Mixes(problem, most=_FEW_MIXES, limit_s=_slowest_s(problem, limit_s))
     split, thinned = _solve(problem, few)
     if not thinned or split.gap <= gap or not split.stages:
@@ -116,6 +120,20 @@ def split_stages(
     return replace(best, bound_s=bound_s, status="optimal" if exact else "feasible")
 
 
+def _even_s(problem: StageProblem) -> float:
+    """Seconds of a step whose stages have as many segments each and recompute nothing that makes
+    them slower; infinite if that is no split, or does not fit."""
+    order = [r for r, run in enumerate(problem.runs) for _ in range(run.count)]
+    fastest = [min(enumerate(run.menu), key=lambda e: e[1].seconds)[0] for run in problem.runs]
+    places = [len(order) * s // problem.num_stages for s in range(problem.num_stages + 1)]
+    counts = [Counter((r, fastest[r]) for r in order[a:b]) for a, b in pairwise(places)]
+    if not all(any(problem.runs[r].has_parameters for r, _ in own) for own in counts):
+        return INFINITY
+    step_s, stages = evaluate_stages(problem, counts)
+    fits = all(stage.memory_bytes <= problem.memory_bytes for stage in stages)
+    return step_s if fits else INFINITY
+
+
 def _slowest_s(problem: StageProblem, limit_s: float) -> float:
     """No stage of a split that takes less than ``limit_s`` takes longer than this."""
     fastest_s = sum(run.count * min(c.seconds for c in run.menu) for run in problem.runs)
@@ -126,14 +144,15 @@ def _slowest_s(problem: StageProblem, limit_s: float) -> float:
 
 def _solve(problem: StageProblem, mixes: Mixes) -> tuple[StageSplit, bool]:
     """The best split that these mixes allow, and whether some of them were thinned out."""
-    paths = _Paths.of(problem, mixes)
+    paths = _paths(problem, mixes)
     cuts = _shortest_step(paths, problem.num_micro_batches)
     bound_s = INFINITY
     if mixes.thinned:
-        relaxed = _Paths.of(problem, mixes, optimistic=True)
+        relaxed = _paths(problem, mixes, optimistic=True)
         fastest = _shortest_step(relaxed, problem.num_micro_batches)
         if fastest is not None:
-            bound_s = relaxed.step_s(fastest, problem.num_micro_batches)
+            total, slowest, tail = relaxed.parts(fastest)
+            bound_s = total + (problem.num_micro_batches - 1) * slowest + tail
     if cuts is None:
         beaten = mixes.limit_s < INFINITY
         missing = () if beaten else _missing(problem, mixes)
@@ -208,112 +227,22 @@ def _validate(problem: StageProblem) -> None:
             )
 
 
-@dataclass(slots=True)
-class _Paths:
-    """Ways from position 0 to the last in one arc per stage; an arc is a stage's segments.
+def _paths(problem: StageProblem, mixes: Mixes, *, optimistic: bool = False) -> Paths:
+    """Arcs priced by their fastest mix, or by less than that where mixes were thinned out."""
 
-    Attributes:
-        seconds: ``[stage, start, end]``, infinite where there is no arc.
-        tail_s: ``[start, end]``, the work after the last backward.
-        send_s: ``[end]``, both ways.
-    """
+    def price(content: Content, in_flight: Floats) -> Floats:
+        seconds = mixes.seconds(content, in_flight)
+        if optimistic and content in mixes.thinned and mixes.has_parameters(content):
+            least = np.where(mixes.fits(content, in_flight), mixes.least_s(content), INFINITY)
+            return np.minimum(least, seconds)
+        return seconds
 
-    seconds: Floats
-    tail_s: Floats
-    send_s: Floats
-
-    @staticmethod
-    def of(problem: StageProblem, mixes: Mixes, *, optimistic: bool = False) -> _Paths:
-        def price(content: Content, in_flight: Floats) -> Floats:
-            seconds = mixes.seconds(content, in_flight)
-            if optimistic and content in mixes.thinned and mixes.has_parameters(content):
-                least = np.where(mixes.fits(content, in_flight), mixes.least_s(content), INFINITY)
-                return np.minimum(least, seconds)
-            return seconds
-
-        seconds = _arcs(problem, mixes, price, stop_early=True)
-        tail_s = np.zeros(seconds.shape[1:])
-        for start, end in np.argwhere(np.isfinite(seconds).any(axis=0)).tolist():
-            tail_s[start, end] = mixes.step_s(mixes.content(start, end))
-        sends = [2 * problem.runs[r].send_s for r in mixes.run_of]
-        return _Paths(seconds, tail_s, np.array([0.0, *sends[:-1], 0.0]))
-
-    def shortest(self, pace_s: float, tail_s: float) -> list[int] | None:
-        """Cuts of the path of least seconds in sum whose arcs all keep within both limits."""
-        num_stages, size, _ = self.seconds.shape
-        best = np.full(size, INFINITY)
-        best[0] = 0.0
-        came: list[np.ndarray] = []
-        allowed = self.tail_s <= tail_s
-        for stage in range(num_stages):
-            arcs = np.where(
-                allowed & (self.seconds[stage] <= pace_s), self.seconds[stage], INFINITY
-            )
-            total = best[:, None] + arcs + self.send_s[None, :]
-            came.append(total.argmin(axis=0))
-            best = total.min(axis=0)
-        if best[-1] == INFINITY:
-            return None
-        cuts = [size - 1]
-        for origins in reversed(came):
-            cuts.append(int(origins[cuts[-1]]))
-        return cuts[::-1]
-
-    def parts(self, cuts: Sequence[int]) -> tuple[float, float, float]:
-        """Sum of seconds and sends, slowest arc, longest tail."""
-        arcs = list(pairwise(cuts))
-        seconds = [float(self.seconds[s, a, b]) for s, (a, b) in enumerate(arcs)]
-        total = sum(seconds) + sum(float(self.send_s[b]) for _, b in arcs)
-        return total, max(seconds), max(float(self.tail_s[a, b]) for a, b in arcs)
-
-    def step_s(self, cuts: Sequence[int], num_micro_batches: int) -> float:
-        total, slowest, tail = self.parts(cuts)
-        return total + (num_micro_batches - 1) * slowest + tail
+    return Paths.of(problem, mixes, price)
 
 
-def _arcs(
-    problem: StageProblem,
-    mixes: Mixes,
-    price: Callable[[Content, Floats], Floats],
-    *,
-    stop_early: bool,
-) -> Floats:
-    """``[stage, start, end]``: the price of each content by the micro-batches in flight.
-
-    Args:
-        stop_early: contents that do not fit or are too slow, and all larger ones, are of no use.
-    """
-    num = mixes.num_segments
-    flights = [problem.in_flight(s) for s in range(problem.num_stages)]
-    levels = np.unique(flights)
-    least, in_flight = levels[:1].astype(np.float64), levels.astype(np.float64)
-    table = np.full((len(levels), num + 1, num + 1), INFINITY)
-    known: dict[Content, Floats] = {}
-    for start in range(num):
-        # Every other stage needs a segment, too.
-        for end in range(start + 1, min(num, start + num - problem.num_stages + 1) + 1):
-            if not _on_a_path(problem.num_stages, num, start, end):
-                continue
-            content = mixes.content(start, end)
-            if content not in known:
-                if stop_early and not mixes.fits(content, least)[0]:
-                    break
-                known[content] = price(content, in_flight)
-            if stop_early and mixes.least_s(content) > mixes.limit_s:
-                break
-            table[:, start, end] = known[content]
-    return table[np.searchsorted(levels, flights)]
-
-
-def _on_a_path(num_stages: int, num_segments: int, start: int, end: int) -> bool:
-    """Whether a stage can have these segments: of few stages, one end is given."""
-    first, last = start == 0, end == num_segments
-    return (first and last) if num_stages == 1 else (first or last or num_stages > 2)
-
-
-def _shortest_step(paths: _Paths, num_micro_batches: int) -> list[int] | None:
+def _shortest_step(paths: Paths, num_micro_batches: int) -> list[int] | None:
     """The cuts of the shortest step; see the note on bottleneck paths."""
-    least_tail = _least_limit(np.unique(paths.tail_s), lambda t: paths.shortest(INFINITY, t))
+    least_tail = paths.least_tail()
     best, best_s = None, INFINITY
     limit = INFINITY
     while (cuts := _under_tail(paths, num_micro_batches, limit)) is not None:
@@ -328,18 +257,17 @@ def _shortest_step(paths: _Paths, num_micro_batches: int) -> list[int] | None:
     return best
 
 
-def _under_tail(paths: _Paths, num_micro_batches: int, tail_s: float) -> list[int] | None:
+def _under_tail(paths: Paths, num_micro_batches: int, tail_s: float) -> list[int] | None:
     """Cuts of least ``sum + (M - 1) max`` among arcs whose tail keeps within a limit."""
     cuts = paths.shortest(INFINITY, tail_s)
     if cuts is None:
         return None
-    finite = np.unique(paths.seconds[np.isfinite(paths.seconds)])
-    least = _least_limit(finite, lambda pace: paths.shortest(pace, tail_s))
-    weight = num_micro_batches - 1
+    least, weight = paths.least_pace(tail_s), num_micro_batches - 1
     least_total = paths.parts(cuts)[0]
     best = paths.shortest(least, tail_s)
     assert best is not None, "the least limit has a path"
-    best_s = _pace(paths, best, weight)
+    total, slowest, _ = paths.parts(best)
+    best_s = total + weight * slowest
     limit = (best_s - least_total) / weight if weight else INFINITY
     while (cuts := paths.shortest(limit, tail_s)) is not None:
         total, slowest, _ = paths.parts(cuts)
@@ -350,23 +278,6 @@ def _under_tail(paths: _Paths, num_micro_batches: int, tail_s: float) -> list[in
             break
         limit = min(float(np.nextafter(slowest, -INFINITY)), (best_s - total) / weight)
     return best
-
-
-def _pace(paths: _Paths, cuts: Sequence[int], weight: int) -> float:
-    total, slowest, _ = paths.parts(cuts)
-    return total + weight * slowest
-
-
-def _least_limit(values: Floats, path: Callable[[float], object]) -> float:
-    """The least of sorted ``values`` under which there is a path; infinite if there is none."""
-    low, high = 0, len(values)
-    while low < high:
-        middle = (low + high) // 2
-        if path(float(values[middle])) is None:
-            low = middle + 1
-        else:
-            high = middle
-    return float(values[low]) if low < len(values) else INFINITY
 
 
 def _missing(problem: StageProblem, mixes: Mixes) -> tuple[float, ...]:
@@ -380,10 +291,6 @@ def _missing(problem: StageProblem, mixes: Mixes) -> tuple[float, ...]:
             return np.full(len(in_flight), INFINITY)
         return np.maximum(0.0, mixes.least_bytes(content, in_flight) - problem.memory_bytes)
 
-    table = _arcs(problem, mixes, lack, stop_early=False)
-    paths = _Paths(table, np.zeros(table.shape[1:]), np.zeros(len(table[0])))
-    lacks = np.unique(paths.seconds[np.isfinite(paths.seconds)])
-    cuts = paths.shortest(_least_limit(lacks, lambda b: paths.shortest(b, 0.0)), 0.0)
-    if cuts is None:
-        return ()
-    return tuple(float(paths.seconds[s, a, b]) for s, (a, b) in enumerate(pairwise(cuts)))
+    paths = Paths.of(problem, mixes, lack, stop_early=False)
+    cuts = paths.shortest(paths.least_pace(INFINITY), INFINITY)
+    return () if cuts is None else tuple(paths.along(cuts))
