@@ -38,6 +38,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, takewhile
+from operator import mul
 
 import numpy as np
 
@@ -244,7 +245,36 @@ def least_step_s(
         return turns(looped) * traffic.beside_s(seconds)
     if missing_bytes(looped, layers, memory_bytes) > _TOLERANCE * memory_bytes:
         return INFINITY
+    if not _fits(looped, layers, memory_bytes):
+        return INFINITY
     return seconds * _Relaxation(looped, seconds, layers, memory_bytes, traffic).least()
+
+
+def _fits(looped: Looped, layers: Layers, memory_bytes: float) -> bool:
+    """Whether the linear program has a solution: all layers fit with all recomputation.
+
+    A rank takes what its stages must have, and the rest in the stage of which it holds least.
+    """
+    counts, least = held(looped), _least_shares(looped, layers.ends)
+    share = 0.0
+    for rank in range(looped.num_ranks):
+        own = range(rank, looped.num_stages, looped.num_ranks)
+        whole = [counts[k] * layers.leanest_bytes + layers.state_bytes for k in own]
+        taken = [least[k] for k in own]
+        room = (1 + _TOLERANCE) * memory_bytes - sum(map(mul, whole, taken))
+        if room < 0:
+            return False
+        share += sum(taken) + (room / min(whole) if min(whole) > 0 else 1.0)
+    return share >= 1 - _TOLERANCE
+
+
+def _least_shares(looped: Looped, ends: Ends | None) -> list[float]:
+    """By stage the least share of all layers."""
+    shares = [0.0] * looped.num_stages
+    if ends is not None:
+        between = max(0, looped.num_stages - ends.before - ends.after)
+        shares[ends.before : ends.before + between] = [1 / ends.number] * between
+    return shares
 
 
 def least_of(looped: Looped, stages: Sequence[StageSeconds], tail_s: Sequence[float]) -> float:
@@ -284,7 +314,7 @@ class _Relaxation:
         self._moved_s, self._step_s = traffic.moved_s / seconds, traffic.step_s / seconds
         self._slowdown = traffic.slowdown
         self._step = self._variables(1, objective=1.0)[0]
-        shares, others_s = self._at_ends(seconds, layers.ends)
+        shares, others_s = _least_shares(looped, layers.ends), self._others(seconds, layers.ends)
         self._share = [self._variable(lower=share) for share in shares]
         self._others_s = [self._variable(lower=other_s) for other_s in others_s]
         self._ahead = [*self._variables(1, upper=0.0), *self._variables(looped.num_stages)]
@@ -296,16 +326,13 @@ class _Relaxation:
         else:
             self._rows_of_loops()
 
-    def _at_ends(self, seconds: float, ends: Ends | None) -> tuple[list[float], list[float]]:
-        """By stage the least share of layers, and the least seconds of what is none."""
-        count = self._looped.num_stages
-        shares, others_s = [0.0] * count, [0.0] * count
+    def _others(self, seconds: float, ends: Ends | None) -> list[float]:
+        """By stage the least seconds of what is no layer."""
+        others_s = [0.0] * self._looped.num_stages
         if ends is not None:
-            between = max(0, count - ends.before - ends.after)
-            shares[ends.before : ends.before + between] = [1 / ends.number] * between
             others_s[0] += ends.first_s / seconds
             others_s[-1] += ends.last_s / seconds
-        return shares, others_s
+        return others_s
 
     def _variable(self, *, lower: float) -> int:
         return self._builder.variable(0.0, lower=lower, upper=INFINITY, integer=False)

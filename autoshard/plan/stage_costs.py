@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from autoshard.cluster import Link, link
 from autoshard.cost_models.collective import Collective, waiting_s
@@ -219,23 +220,18 @@ class StageCosts:
 
 def cut_bytes(program: Program, classes: Mapping[str, ClassCosts]) -> dict[int, int]:
     """Bytes that a rank sends forward if the pipeline is cut after a segment."""
-    kinds: dict[str, TensorType] = {}
-    made: dict[str, int] = {}
     last_use: dict[str, int] = {}
     for index, segment in enumerate(program.segments):
         last_use.update((name, index) for name in segment.inputs)
-        if segment.layer.kind != "shared":
-            for value in classes[segment.layer.name].graph.outputs:
-                name = segment.bindings[value.name]
-                kinds[name], made[name] = value.type, index
-    return {
-        index: sum(
-            kind.nbytes
-            for name, kind in kinds.items()
-            if made[name] <= index < last_use.get(name, -1)
-        )
-        for index in range(len(program.segments))
-    }
+    change = [0] * (len(program.segments) + 1)
+    for index, segment in enumerate(program.segments):
+        if segment.layer.kind == "shared":
+            continue
+        for value in classes[segment.layer.name].graph.outputs:
+            if (last := last_use.get(segment.bindings[value.name], -1)) > index:
+                change[index] += value.type.nbytes
+                change[last] -= value.type.nbytes
+    return dict(enumerate(accumulate(change[:-1])))
 
 
 def tied_names(program: Program) -> dict[str, list[int]]:

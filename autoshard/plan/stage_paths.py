@@ -9,7 +9,7 @@ all stages costs what one over the whole program does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -128,42 +128,52 @@ class Paths:
 
 def _arcs(
     problem: StageProblem, mixes: Mixes, least_flight: Floats | None
-) -> list[tuple[list[int], int, Content]]:
+) -> list[tuple[slice, int, Content]]:
     """Ends, length and content of all arcs; equal contents together.
 
     Args:
         least_flight: leave out what does not fit under so few, or is too slow; ``None``: nothing.
     """
-    found: list[tuple[list[int], int, Content]] = []
+    found: list[tuple[slice, int, Content]] = []
     num, num_stages = mixes.num_segments, problem.num_stages
     most = num - num_stages + 1  # every other stage needs a segment, too
 
-    def take(starts: Sequence[int], length: int) -> bool:
-        """Whether contents of this kind are of use."""
-        content = mixes.content(starts[0], starts[0] + length)
+    def take(start: int, length: int, count: int = 1) -> bool:
+        """Whether so many contents in a row, which are equal, are of use."""
+        content = mixes.content(start, start + length)
         if least_flight is not None:
             too_slow = mixes.least_s(content) > mixes.limit_s
             if too_slow or not mixes.fits(content, least_flight)[0]:
                 return False
-        ends = [s + length for s in starts if _on_a_path(num_stages, num, s, s + length)]
-        if ends:
-            found.append((ends, length, content))
+        ends = _on_a_path(num_stages, num, start, length, count)
+        found.extend((own, length, content) for own in ends)
         return True
 
     first = 0
     for run in problem.runs:
         after, longest = first + run.count, 0
-        while longest < min(run.count, most) and take(range(first, after - longest), longest + 1):
+        while longest < min(run.count, most) and take(first, longest + 1, run.count - longest):
             longest += 1
         for start in range(after - longest, after):
             for end in range(after + 1, min(num, start + most) + 1):
-                if not take([start], end - start):
+                if not take(start, end - start):
                     break
         first = after
     return found
 
 
-def _on_a_path(num_stages: int, num_segments: int, start: int, end: int) -> bool:
-    """Whether a stage can have these segments: of few stages, one end is given."""
-    first, last = start == 0, end == num_segments
-    return (first and last) if num_stages == 1 else (first or last or num_stages > 2)
+def _on_a_path(
+    num_stages: int, num_segments: int, start: int, length: int, count: int
+) -> Iterator[slice]:
+    """The ends that a stage of this length can have, of ``count`` in a row: of few stages, each is
+    at an end of the program."""
+    first, last = start + length, start + length + count - 1
+    if num_stages > 2:
+        yield slice(first, last + 1)
+    elif num_stages == 2:
+        if start == 0:
+            yield slice(first, first + 1)
+        if last == num_segments and length < num_segments:
+            yield slice(last, last + 1)
+    elif length == num_segments:
+        yield slice(first, first + 1)
