@@ -33,7 +33,7 @@ from benchmarks.throughput import Decoder, Throughput, of_step, predicted
 from benchmarks.throughput import table as throughput_table
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = ("import", "build", "capture", "batch", "sharding", "costs", "stages", "front")
+PHASES = ("import", "build", "capture", "batch", "sharding", "bounds", "costs", "stages", "front")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
