@@ -38,6 +38,8 @@ class Software:
             4.2.2).
         fuses_accumulation: the products that make gradients of weights add to what was accumulated,
             rather than a kernel of its own.
+        ends_together: all ranks end a step together, as where each of them returns its loss; else
+            those of a zero-bubble schedule go on to the next at their own time.
         checkpoints_regions: named ops are recomputed as a region of their own, around which
             autograd saves what it always does; else the whole layer is recomputed, but for the
             results of the other ops.
@@ -60,6 +62,7 @@ class Software:
     graphs: bool = False
     regathers: bool = False
     fuses_accumulation: bool = False
+    ends_together: bool = True
     checkpoints_regions: bool = False
 
     def update_bytes(self, element_bytes: float, states: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,13 @@ def test_many_micro_batches_are_priced_from_few(name: str, v: int, m: int) -> No
     found = pipeline_seconds(pipeline, stages, [0.5] * (3 * v))
     whole = simulate(by_name(name, 3, m, v), stages)
     assert found.step_s == pytest.approx(max(whole.end_s) + 0.5 * v, rel=1e-3)
+
+
+def test_a_step_that_all_end_together_has_the_bubble_of_a_flush() -> None:
+    """Zero-bubble ranks go on at their own time only where nothing makes them wait."""
+    stages = [StageSeconds(forward_s=1, backward_s=2, weight_s=1)] * 4
+    alone = Pipeline(schedule="zb-2p", num_ranks=4, num_micro_batches=12, together=False)
+    together = replace(alone, together=True)
+    tails = [0.0] * 4
+    assert pipeline_seconds(alone, stages, tails).step_s == pytest.approx(12 * 3)
+    assert pipeline_seconds(together, stages, tails).step_s == pytest.approx(12 * 3 + 3)

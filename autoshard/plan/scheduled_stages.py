@@ -45,13 +45,18 @@ class PipelineSeconds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """A schedule by name, with what it is made for."""
+    """A schedule by name, with what it is made for.
+
+    Attributes:
+        together: all ranks end a step together, whatever the schedule allows.
+    """
 
     schedule: str
     num_ranks: int
     num_micro_batches: int
     virtual_stages: int = 1
     split: WeightSplit | None = None
+    together: bool = True
 
     def of(self, num_micro_batches: int) -> Pipeline:
         """The same for so many micro-batches; equal if the schedules are."""
@@ -103,7 +108,7 @@ def pipeline_seconds(
         last = [0.0] * p
         for (rank, _, _), end in zip(course.steps, ends, strict=True):
             last[rank] = end
-        zeros = [0.0] * p if kind.flushes else begins
+        zeros = [0.0] * p if kind.flushes or pipeline.together else begins
         return max(e - zero + tail for e, zero, tail in zip(last, zeros, tails, strict=True))
 
     def step_s(times: Sequence[StageSeconds]) -> float:

@@ -208,6 +208,7 @@ class _Choice:
             send_bytes=(*(self.parts.cuts[own[-1][0]] for own in stages[:-1]), 0),
             tails=tuple(map(self._tail, stages)), weight_s=(0.0,) * len(stages),
             split=WeightSplit(), step_s=step_s, bound_s=bound_s, peak_bytes=int(max(used)),
+            ends_together=self.request.software.ends_together,
         )  # fmt: skip
 
     def _tail(self, stage: Sequence[tuple[int, MenuEntry]]) -> tuple[float, float]:

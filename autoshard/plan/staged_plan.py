@@ -38,6 +38,7 @@ class StagedPlan:
             puts it off.
         split: what the schedule was fitted to.
         weight_versions: per stage, that a rank holds at most; empty where there is one.
+        ends_together: see :class:`autoshard.software.Software`.
         step_s: what plans are compared by.
         bound_s: no split of the configuration takes less, under this sharding.
     """
@@ -58,6 +59,7 @@ class StagedPlan:
     step_s: float
     bound_s: float
     peak_bytes: int
+    ends_together: bool = True
     vertical_sync: bool = False
     weight_versions: tuple[int, ...] = ()
 
@@ -76,7 +78,7 @@ class StagedPlan:
         return pipeline_seconds(
             Pipeline(
                 schedule=c.schedule, num_ranks=c.mesh.pp, num_micro_batches=c.num_micro_batches,
-                virtual_stages=c.virtual_stages, split=self.split,
+                virtual_stages=c.virtual_stages, split=self.split, together=self.ends_together,
             ),
             stage_seconds(self.choices, self.weight_s),
             [sum(tail) for tail in self.tails],

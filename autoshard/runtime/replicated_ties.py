@@ -97,8 +97,9 @@ class ReplicatedTies:
         """Send the new weights to the other stages that use them."""
         held = _trained(module) if self.given else {}
         for name, others in self.given.items():
+            made = held[name].detach().clone()
             for peer in (rank for other in others for rank in self._listeners(other)):
-                self._send(held[name].detach().clone(), peer)
+                self._send(made, peer)
 
     def take(self, module: nn.Module, micro_batch: int) -> None:
         """Put the weights that go with a micro-batch into what runs it."""

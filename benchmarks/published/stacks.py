@@ -145,7 +145,8 @@ STACKS: tuple[Stack, ...] = (
         memory_besides=CONTEXT + BUCKETS),
     Stack(families="vtrain-*", software=MEGATRON_FP16, fused_attention=False, dropout=0.1),
     Stack(families="megascale-*", software=MEGATRON, fused_attention=False, dropout=0.1),
-    Stack(families="zb-*", software=MEGATRON, fused_attention=False, dropout=0.1),
+    Stack(families="zb-*", software=replace(MEGATRON, ends_together=False),
+        fused_attention=False, dropout=0.1),
     Stack(families="alpa-*", software=ALPA, fused_attention=False, memory_unit_bytes=GIB),
     # FlashAttention from here on.
     Stack(families="moefold-*", software=MEGATRON_CORE, llama=True, micro_batch=1),
