@@ -116,11 +116,12 @@ def page(cells: Mapping[tuple[str, str], Cell]) -> str:
         shown = [str(cells[model, way]) if (model, way) in cells else "" for way in WAYS]
         lines.append(f"| {model} | {' | '.join(shown)} |")
     ages = {c.schedule: c.staleness for c in cells.values() if c.staleness}
-    reasons = dict.fromkeys(c.refused for c in cells.values() if c.refused)
+    refused = [f"* {c.model}, {c.schedule}: {c.refused}" for c in cells.values() if c.refused]
     listed = [f"* {name}: {', '.join(map(str, age))}" for name, age in ages.items()]
     return "\n".join(
-        [_INTRODUCTION, *lines, "", *(f"Refused: {r}" for r in reasons), "",
-         "Staleness per stage, in updates of that stage:", "", *listed, ""]
+        [_INTRODUCTION, *lines, "", *(["Refused:", "", *refused, ""] if refused else []),
+         "Staleness per stage, in updates of that stage (a tied weight's is its owner's):", "",
+         *listed, ""]
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from autoshard.plan.stage_bounds import (
     Layers,
     Looped,
     Traffic,
+    fits,
     held,
     least_of,
     least_step_s,
@@ -198,3 +199,26 @@ def test_memory_in_flight_costs_time() -> None:
     assert steps[0] == pytest.approx(turns(looped), rel=1e-5)
     assert steps[1] > steps[0] * 1.01
     assert steps[-1] == float("inf")
+
+
+@settings(max_examples=60, deadline=None)
+@given(looped=loops(), memory=st.floats(0.1, 4.0), state=st.floats(0.0, 2.0), data=st.data())
+def test_what_fits_is_what_the_linear_program_can_hold(
+    looped: Looped, memory: float, state: float, data: st.DataObject
+) -> None:
+    count = looped.num_stages
+    number = data.draw(st.integers(max(1, count - 2), count + 3))
+    ends = Ends(number=number, before=1, after=1, first_s=0.0, last_s=0.0)
+    layers = Layers(
+        seconds=1.0, saved_bytes=2.0, pieces=((1.5, 1.0),), state_bytes=state, ends=ends
+    )  # fmt: skip
+    builder = Builder()
+    shares = [
+        builder.variable(lower=1 / number if 0 < k < count - 1 else 0.0, integer=False, upper=9.0)
+        for k in range(count)
+    ]
+    builder.row(shares, lower=1.0, upper=1.0)
+    for rank in range(looped.num_ranks):
+        own = slice(rank, None, looped.num_ranks)
+        builder.row(shares[own], [0.5 * n + state for n in held(looped)[own]], upper=memory)
+    assert fits(looped, layers, memory) == (solve(builder.build()).status == "optimal")

@@ -245,12 +245,12 @@ def least_step_s(
         return turns(looped) * traffic.beside_s(seconds)
     if missing_bytes(looped, layers, memory_bytes) > _TOLERANCE * memory_bytes:
         return INFINITY
-    if not _fits(looped, layers, memory_bytes):
+    if not fits(looped, layers, memory_bytes):
         return INFINITY
     return seconds * _Relaxation(looped, seconds, layers, memory_bytes, traffic).least()
 
 
-def _fits(looped: Looped, layers: Layers, memory_bytes: float) -> bool:
+def fits(looped: Looped, layers: Layers, memory_bytes: float) -> bool:
     """Whether the linear program has a solution: all layers fit with all recomputation.
 
     A rank takes what its stages must have, and the rest in the stage of which it holds least.
