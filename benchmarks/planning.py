@@ -73,8 +73,8 @@ def _case(
     goal_bytes: int | None = None,
     hand_tuned: HandTuned | None = None,
 ) -> Case:
-    options = ("--model", model, "--world-size", str(world_size), "--precision", "bf16")
-    options = (*options, "--global-batch-size", str(batch), *more)
+    planned = ("--model", model, "--world-size", str(world_size), "--precision", "bf16")
+    options = (*planned, "--global-batch-size", str(batch), *more)
     return Case(name, options, goal_s, goal_bytes, hand_tuned)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ def message(steps: int = 10, num_micro_batches: int = 16) -> float:
     )
     x = torch.ones(num_micro_batches, LENGTH, WIDTH)
     arguments = (x,) if rank == 0 else ()
-    keywords = {"target": x} if rank == RANKS - 1 else {}
+    keywords: dict[str, Any] = {"target": x} if rank == RANKS - 1 else {}
     schedule.step(*arguments, **keywords)
     dist.barrier()
     used = time.process_time()

@@ -109,7 +109,7 @@ def layout_of(row: Row, shape: Shape, stack: Stack) -> Layout:
         pins["sequence_parallel"] = bool(row.seq_parallel)
         pins["sharding"] = megatron(shape, folded=_is_folded(row))
         if stack.whole_logits:
-            pins["sharding"] |= WHOLE_LOSS
+            pins["sharding"] = {**megatron(shape, folded=_is_folded(row)), **WHOLE_LOSS}
     names = {"microbatch": "micro_batch_size", "recompute": "recompute", "zero_stage":
         "data_parallel", "tp": "tp", "pp": "pp", "dp": "dp"}  # fmt: skip
     left = [

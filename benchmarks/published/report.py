@@ -62,7 +62,7 @@ WORST_COLUMNS = ("row", "layout", "measured s", "predicted s", "error", "where t
 def worst_cells(outcomes: Sequence[Outcome]) -> list[Cells]:
     """The rows whose step time is predicted worst."""
     judged = [(abs(e), e, o) for o in outcomes if (e := time_error(o)) is not None]
-    lines = []
+    lines: list[Cells] = []
     for _, error, outcome in sorted(judged, key=lambda item: -item[0])[:NUM_WORST]:
         result = outcome.result
         assert isinstance(result, Prediction) and outcome.row.time_s is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from autoshard.software import Software
 from benchmarks.published.rows import Row
@@ -19,7 +20,7 @@ BUCKETS = 4 * 2 * 5e8
 """DeepSpeed's flat buffers for reduction and gathering, two of each, 5e8 16-bit elements."""
 MIXED = {"master_bytes": 4, "state_bytes": 4}
 """Adam in float32 on a float32 copy of 16-bit parameters (Micikevicius et al. 2018)."""
-CLIPPED = {"gradient_passes": 3, "copies_gradients": False}
+CLIPPED: dict[str, Any] = {"gradient_passes": 3, "copies_gradients": False}
 """Gradients are read for their norm, to update, and zeroed: all of these programs clip them, and
 make them where they are reduced."""
 
