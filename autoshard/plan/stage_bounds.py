@@ -243,8 +243,6 @@ def least_step_s(
     traffic = traffic or Traffic()
     if not looped.known:
         return turns(looped) * traffic.beside_s(seconds)
-    if missing_bytes(looped, layers, memory_bytes) > _TOLERANCE * memory_bytes:
-        return INFINITY
     if not fits(looped, layers, memory_bytes):
         return INFINITY
     return seconds * _Relaxation(looped, seconds, layers, memory_bytes, traffic).least()

@@ -51,9 +51,11 @@ class Paths:
         flights = [problem.in_flight(stage) for stage in range(problem.num_stages)]
         levels, level = np.unique(flights, return_inverse=True)
         in_flight = levels.astype(np.float64)
-        arcs = list(_arcs(problem, mixes, in_flight[:1] if stop_early else None))
         priced = [
-            (ends, length, content, price(content, in_flight)) for ends, length, content in arcs
+            (ends, length, content, price(content, in_flight))
+            for ends, length, content in _arcs(
+                problem, mixes, in_flight[:1] if stop_early else None
+            )
         ]
         priced = [arc for arc in priced if np.isfinite(arc[3]).any()]
         size = mixes.num_segments + 1, max((length for _, length, _, _ in priced), default=1)

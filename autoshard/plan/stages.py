@@ -19,8 +19,7 @@ stages were still 4 % apart after 10 s in HiGHS and in CP-SAT. It falls apart, h
 knapsack per content of a stage (:mod:`autoshard.plan.stage_mixes`) and a shortest path through
 the positions where stages begin (:mod:`autoshard.plan.stage_paths`). Its two maxima are bounds on
 single arcs, so they are found by solving the path under ever lower bounds, until what could still
-be gained is less than what was found. The result is the optimum, and its cost hardly depends on
-depth.
+be gained is less than what was found. The result is the optimum.
 """
 
 from __future__ import annotations
